@@ -1,0 +1,92 @@
+// The whole parameter update of many tensors in one parallel region.
+// Per element 6 operations; 20 bytes in float32 with momentum (reads p, Delta, v; writes p, v):
+// bound by memory.
+#include "common/update_rule.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "common/dispatch.h"
+
+namespace fused_so {
+namespace {
+
+constexpr int64_t kChunk = 1 << 14;
+
+template <class P, class U>
+struct Chunk {
+  P* param;
+  const U* update;
+  Accumulate<P>* buffer;
+  int64_t size;
+};
+
+template <bool HasBuffer, class P, class U>
+void update_chunk(const Chunk<P, U>& chunk, UpdateRule<Accumulate<P>> rule, Accumulate<P> scale) {
+  using A = Accumulate<P>;
+  P* __restrict param = chunk.param;
+  const U* __restrict update = chunk.update;
+  A* __restrict buffer = chunk.buffer;
+  for (int64_t i = 0; i < chunk.size; ++i) {
+    A* slot = HasBuffer ? buffer + i : nullptr;
+    param[i] = static_cast<P>(
+        rule(static_cast<A>(param[i]), static_cast<A>(update[i]), scale, slot));
+  }
+}
+
+template <class P, class U>
+void update_all(const std::vector<Tensor>& params, const std::vector<Tensor>& updates,
+                const std::vector<Tensor>& buffers, UpdateRule<Accumulate<P>> rule,
+                Accumulate<P> scale) {
+  using A = Accumulate<P>;
+  std::vector<Chunk<P, U>> chunks;
+  for (size_t t = 0; t < params.size(); ++t) {
+    const int64_t size = params[t].numel();
+    for (int64_t begin = 0; begin < size; begin += kChunk) {
+      chunks.push_back({write<P>(params[t]) + begin, read<U>(updates[t]) + begin,
+                        buffers.empty() ? nullptr : write<A>(buffers[t]) + begin,
+                        std::min(kChunk, size - begin)});
+    }
+  }
+  torch::stable::parallel_for(
+      0, static_cast<int64_t>(chunks.size()), 1, [&](int64_t begin, int64_t end) {
+        for (int64_t c = begin; c < end; ++c) {
+          if (buffers.empty()) {
+            update_chunk<false>(chunks[c], rule, scale);
+          } else {
+            update_chunk<true>(chunks[c], rule, scale);
+          }
+        }
+      });
+}
+
+void apply_update(std::vector<Tensor> params, std::vector<Tensor> updates,
+                  std::vector<Tensor> momentum_buffers, double lr, double momentum,
+                  double weight_decay, bool nesterov, std::optional<Tensor> scale) {
+  for (Tensor& update : updates) {
+    if (!update.is_contiguous()) update = torch::stable::contiguous(update);
+  }
+  with_type(params[0].scalar_type(), [&](auto param_tag) {
+    using P = typename decltype(param_tag)::type;
+    using A = Accumulate<P>;
+    const UpdateRule<A> rule{static_cast<A>(lr), static_cast<A>(momentum),
+                             static_cast<A>(weight_decay), nesterov};
+    const A factor = scale ? *read<A>(*scale) : A(1);
+    if (updates[0].scalar_type() == params[0].scalar_type()) {
+      update_all<P, P>(params, updates, momentum_buffers, rule, factor);
+    } else {
+      update_all<P, A>(params, updates, momentum_buffers, rule, factor);
+    }
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fused_so, CPU, m) { m.impl("apply_update_", TORCH_BOX(&apply_update)); }
+
+}  // namespace fused_so

@@ -1,0 +1,12 @@
+"""Fused second-order optimizers for PyTorch, and the kernels under them."""
+
+from importlib.metadata import version as _version
+
+from fused_so import _extension, ops, reference
+
+__version__ = _version("fused_so")
+
+LOADED_LIBRARIES = _extension.load_libraries()
+"""The compiled libraries in use: "_C" (CPU), "_C_cuda"; empty when the references run."""
+
+__all__ = ["LOADED_LIBRARIES", "__version__", "ops", "reference"]

@@ -1,0 +1,16 @@
+"""The ops: validated, dispatched to the kernel of the device at hand."""
+
+from fused_so.ops.apply_update import apply_update_
+from fused_so.ops.centered_grad import centered_grad
+from fused_so.ops.covariance import covariance, covariance_
+from fused_so.ops.damped_inverse import damped_inverse
+from fused_so.ops.precondition import precondition
+
+__all__ = [
+    "apply_update_",
+    "centered_grad",
+    "covariance",
+    "covariance_",
+    "damped_inverse",
+    "precondition",
+]

@@ -1,0 +1,81 @@
+"""Checks shared by the public ops. Each message names the argument, the rule and what came."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which an op accumulates and answers: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def floating(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
+    if value.dtype not in _FLOATING:
+        raise TypeError(
+            f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}"
+        )
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense (strided) tensor, got layout {value.layout}")
+
+
+def shape(name: str, value: Tensor, expected: tuple[int | str, ...]) -> None:
+    """Requires the rank of `expected`, and its sizes where they are numbers."""
+    floating(name, value)
+    fits = value.dim() == len(expected) and all(
+        isinstance(want, str) or size == want
+        for size, want in zip(value.shape, expected, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join(str(size) for size in expected)
+        raise ValueError(f"{name} must have shape ({wanted}), got {tuple(value.shape)}")
+
+
+def same_device(**tensors: Tensor) -> None:
+    first, *rest = tensors
+    for name in rest:
+        if tensors[name].device != tensors[first].device:
+            raise ValueError(
+                f"{name} must be on the device of {first}, {tensors[first].device}, "
+                f"got {tensors[name].device}"
+            )
+
+
+def same_dtype(**tensors: Tensor) -> None:
+    first, *rest = tensors
+    for name in rest:
+        if tensors[name].dtype != tensors[first].dtype:
+            raise TypeError(
+                f"{name} must have the dtype of {first}, {tensors[first].dtype}, "
+                f"got {tensors[name].dtype}"
+            )
+
+
+def accumulates(name: str, value: Tensor, source_name: str, source: Tensor) -> None:
+    """Requires the dtype in which results for `source` are accumulated."""
+    wanted = accumulate_dtype(source.dtype)
+    if value.dtype != wanted:
+        raise TypeError(
+            f"{name} must be {wanted} for {source_name} in {source.dtype}, got {value.dtype}"
+        )
+
+
+def contiguous(name: str, value: Tensor) -> None:
+    if not value.is_contiguous():
+        raise ValueError(
+            f"{name} is updated in place and must be contiguous, got strides {value.stride()}"
+        )
+
+
+def within(name: str, value: float, low: float, high: float) -> None:
+    """Requires a real number low <= value <= high; NaN is refused too."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not low <= value <= high:
+        upper = "" if high == float("inf") else f" and at most {high:g}"
+        raise ValueError(f"{name} must be at least {low:g}{upper}, got {value}")

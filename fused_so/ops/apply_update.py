@@ -1,0 +1,109 @@
+"""The parameter update of many tensors at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from fused_so import reference
+from fused_so.ops import _check
+from fused_so.ops._registry import define
+
+
+def apply_update_(
+    params: Sequence[Tensor],
+    updates: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    *,
+    lr: float,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    scale: Tensor | None = None,
+) -> None:
+    r"""Momentum, weight decay and the step, for every tensor of the lists, in place.
+
+    .. math::
+        u &= s\, \Delta + \lambda p \\
+        v &\leftarrow \mu v + u \\
+        p &\leftarrow p - \eta\, (u + \mu v \text{ if nesterov, else } v)
+
+    With s = 1 these are the steps of `torch.optim.SGD` with gradient Delta.
+
+    Args:
+        params: k contiguous tensors, updated in place, all of one dtype.
+        updates: k tensors of the same shapes, in the dtype of params or its accumulate dtype.
+        momentum_buffers: k contiguous tensors of the accumulate dtype (float32, or float64 for
+            float64 params), updated in place; an empty list if momentum is 0.
+        lr: the learning rate eta, >= 0.
+        momentum: mu, in [0, 1].
+        weight_decay: lambda, >= 0; outside the metric, scaled by lr alone.
+        nesterov: use the look-ahead form.
+        scale: a 0-dim tensor s of the accumulate dtype on the same device, or None for 1. A clip
+            factor computed on a GPU stays there.
+
+    Raises:
+        TypeError, ValueError: an argument breaks a rule above; nothing is changed.
+    """
+    params, updates, buffers = list(params), list(updates), list(momentum_buffers)
+    for name, value, high in (
+        ("lr", lr, math.inf),
+        ("momentum", momentum, 1.0),
+        ("weight_decay", weight_decay, math.inf),
+    ):
+        _check.within(name, value, 0.0, high)
+    expected = len(params) if momentum else 0
+    for name, tensors, count in (
+        ("updates", updates, len(params)),
+        ("momentum_buffers", buffers, expected),
+    ):
+        if len(tensors) != count:
+            rule = "one for each of params" if count else "empty when momentum is 0"
+            raise ValueError(f"{name} must hold {count} tensors ({rule}), got {len(tensors)}")
+    for i, (param, update) in enumerate(zip(params, updates, strict=True)):
+        _check.floating(f"params[{i}]", param)
+        _check.contiguous(f"params[{i}]", param)
+        _check.shape(f"updates[{i}]", update, tuple(param.shape))
+        _check.same_dtype(**{"params[0]": params[0], f"params[{i}]": param})
+        if update.dtype != param.dtype:
+            _check.accumulates(f"updates[{i}]", update, f"params[{i}]", param)
+        _check.same_dtype(**{"updates[0]": updates[0], f"updates[{i}]": update})
+        _check.same_device(
+            **{"params[0]": params[0], f"params[{i}]": param, f"updates[{i}]": update}
+        )
+    for i, buffer in enumerate(buffers):
+        _check.shape(f"momentum_buffers[{i}]", buffer, tuple(params[i].shape))
+        _check.accumulates(f"momentum_buffers[{i}]", buffer, f"params[{i}]", params[i])
+        _check.contiguous(f"momentum_buffers[{i}]", buffer)
+        _check.same_device(**{"params[0]": params[0], f"momentum_buffers[{i}]": buffer})
+    if not params:
+        return
+    if scale is not None:
+        _check.shape("scale", scale, ())
+        _check.accumulates("scale", scale, "params", params[0])
+        _check.same_device(**{"params[0]": params[0], "scale": scale})
+    _apply_update_(
+        params,
+        updates,
+        buffers,
+        lr=float(lr),
+        momentum=float(momentum),
+        weight_decay=float(weight_decay),
+        nesterov=nesterov,
+        scale=scale,
+    )
+
+
+def _fake(params, updates, momentum_buffers, *, lr, momentum, weight_decay, nesterov, scale=None):
+    return None
+
+
+_apply_update_ = define(
+    "apply_update_(Tensor(a!)[] params, Tensor[] updates, Tensor(b!)[] momentum_buffers, *,"
+    " float lr, float momentum, float weight_decay, bool nesterov, Tensor? scale=None) -> ()",
+    stem="apply_update",
+    reference=reference.apply_update_,
+    fake=_fake,
+)

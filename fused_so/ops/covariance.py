@@ -1,0 +1,101 @@
+"""Covariance of the rows of a matrix, and its running average, in one symmetric product."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fused_so import reference
+from fused_so.ops import _check
+from fused_so.ops._registry import define
+
+
+def covariance(h: Tensor, *, centered: bool = True) -> tuple[Tensor, Tensor]:
+    r"""Mean and covariance of the rows of `h`, averaged over the rows.
+
+    .. math:: m = \frac1n \sum_i h_i, \qquad C = \frac1n \sum_i (h_i - m)(h_i - m)^T
+
+    Args:
+        h: (n, d), any strides. With n = 0 both results are zero.
+        centered: without it m is not subtracted and C is the second moment; m is still returned.
+
+    Returns:
+        cov (d, d), symmetric to the bit, and mean (d,); float32, or float64 for float64 input.
+
+    Raises:
+        TypeError: h is not a tensor of a floating dtype.
+        ValueError: h is not a matrix.
+
+    Source: George 2017, eq. 6.2.4 (the factor of ACP). Not differentiable.
+    """
+    _check.shape("h", h, ("n", "d"))
+    return _covariance(h, centered=centered)
+
+
+def covariance_(
+    cov: Tensor, mean: Tensor, h: Tensor, *, decay: float, centered: bool = True
+) -> Tensor:
+    r"""Moves a running covariance towards that of the rows of `h`, in place.
+
+    With batch statistics C_b, m_b, the covariance of the exponentially weighted mixture:
+
+    .. math::
+        C &\leftarrow \beta C + (1-\beta) C_b + \beta (1-\beta) (m - m_b)(m - m_b)^T \\
+        m &\leftarrow \beta m + (1-\beta) m_b
+
+    where beta is `decay`; the last term of C only if `centered`. decay = 0 replaces whatever
+    was there, NaN included. A batch whose entries, or the sums of their squares, are not finite
+    changes nothing, and so does one of no rows.
+
+    Args:
+        cov: (d, d), contiguous, float32 (float64 for h in float64), updated in place.
+        mean: (d,), likewise.
+        h: (n, d), any strides.
+        decay: in [0, 1].
+
+    Returns:
+        A 0-dim bool tensor on the device of h: whether the batch was taken. Reading it is the
+        only synchronization with a GPU, and is left to the caller.
+
+    Raises:
+        TypeError, ValueError: an argument breaks a rule above; nothing is changed.
+
+    Source: George 2017, Algorithm 4 line 6, with the averaging of Martens and Grosse 2015,
+    section 5 of the long version. Not differentiable.
+    """
+    _check.shape("h", h, ("n", "d"))
+    d = h.shape[1]
+    _check.shape("cov", cov, (d, d))
+    _check.shape("mean", mean, (d,))
+    _check.same_device(h=h, cov=cov, mean=mean)
+    _check.accumulates("cov", cov, "h", h)
+    _check.accumulates("mean", mean, "h", h)
+    _check.contiguous("cov", cov)
+    _check.contiguous("mean", mean)
+    _check.within("decay", decay, 0.0, 1.0)
+    return _covariance_(cov, mean, h, decay=float(decay), centered=centered)
+
+
+def _fake_covariance(h, *, centered=True):
+    dtype = _check.accumulate_dtype(h.dtype)
+    d = h.shape[1]
+    return h.new_empty((d, d), dtype=dtype), h.new_empty((d,), dtype=dtype)
+
+
+def _fake_covariance_(cov, mean, h, *, decay, centered=True):
+    return h.new_empty((), dtype=torch.bool)
+
+
+_covariance = define(
+    "covariance(Tensor h, *, bool centered=True) -> (Tensor cov, Tensor mean)",
+    stem="covariance",
+    reference=reference.covariance,
+    fake=_fake_covariance,
+)
+_covariance_ = define(
+    "covariance_(Tensor(a!) cov, Tensor(b!) mean, Tensor h, *, float decay, bool centered=True)"
+    " -> Tensor accepted",
+    stem="covariance",
+    reference=reference.covariance_,
+    fake=_fake_covariance_,
+)

@@ -1,0 +1,97 @@
+"""Inverses of damped symmetric positive definite matrices, batched and of mixed sizes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fused_so import reference
+from fused_so.ops import _check
+from fused_so.ops._registry import define
+
+
+def damped_inverse(
+    a: Tensor | Sequence[Tensor], damping: float | Tensor
+) -> tuple[Tensor | list[Tensor], Tensor]:
+    r"""(A + damping I)^-1 of symmetric matrices, by Cholesky; no synchronization with a GPU.
+
+    Args:
+        a: (..., d, d), symmetric; only the lower triangle is read. Or a list of matrices (d, d)
+            of any sizes, which are grouped by size.
+        damping: a number >= 0, or a tensor of the batch shape (...), or (k,) for a list of k.
+            A tensor's values are not checked: that would synchronize.
+
+    Returns:
+        inverse, shaped as a (a list for a list), symmetric to the bit, float32 or, for float64,
+        float64; and info, int32 of the batch shape: 0, or the order of the first leading minor
+        of A + damping I that is not positive definite. Such an inverse is all NaN.
+
+    Raises:
+        TypeError: a is not of a floating dtype, or damping is neither a number nor a tensor.
+        ValueError: a is not square, damping is negative, NaN or infinite or has another shape,
+            devices differ, or the list is empty or mixes dtypes.
+
+    Source: George 2017, Algorithm 4 line 7. Not differentiable.
+    """
+    if isinstance(a, Sequence):
+        return _damped_inverse_of_list(a, damping)
+    _check.floating("a", a)
+    if a.dim() < 2 or a.shape[-1] != a.shape[-2]:
+        raise ValueError(f"a must be square, (..., d, d), got shape {tuple(a.shape)}")
+    return _damped_inverse(a, _damping_tensor(damping, a.shape[:-2], a))
+
+
+def _damped_inverse_of_list(matrices, damping):
+    if not matrices:
+        raise ValueError("a must hold at least one matrix, got an empty list")
+    for i, matrix in enumerate(matrices):
+        _check.shape(f"a[{i}]", matrix, ("d", "d"))
+        if matrix.shape[0] != matrix.shape[1]:
+            raise ValueError(f"a[{i}] must be square, got shape {tuple(matrix.shape)}")
+        _check.same_dtype(**{"a[0]": matrices[0], f"a[{i}]": matrix})
+        _check.same_device(**{"a[0]": matrices[0], f"a[{i}]": matrix})
+    damping = _damping_tensor(damping, (len(matrices),), matrices[0])
+
+    members: dict[int, list[int]] = {}
+    for i, matrix in enumerate(matrices):
+        members.setdefault(matrix.shape[0], []).append(i)
+    inverses: list = [None] * len(matrices)
+    infos: list = [None] * len(matrices)
+    for group in members.values():
+        if len(group) == 1:
+            batch, batch_damping = matrices[group[0]].unsqueeze(0), damping[group[0]].unsqueeze(0)
+        else:
+            batch = torch.stack([matrices[i] for i in group])
+            batch_damping = torch.stack([damping[i] for i in group])
+        inverse, info = _damped_inverse(batch, batch_damping)
+        for i, one_inverse, one_info in zip(group, inverse.unbind(), info.unbind(), strict=True):
+            inverses[i], infos[i] = one_inverse, one_info
+    return inverses, torch.stack(infos)
+
+
+def _damping_tensor(damping: float | Tensor, batch: Sequence[int], a: Tensor) -> Tensor:
+    dtype = _check.accumulate_dtype(a.dtype)
+    if isinstance(damping, Tensor):
+        _check.shape("damping", damping, tuple(batch))
+        _check.same_device(a=a, damping=damping)
+        return damping.to(dtype)
+    _check.within("damping", damping, 0.0, math.inf)
+    if math.isinf(damping):
+        raise ValueError(f"damping must be finite, got {damping}")
+    return torch.full(tuple(batch), float(damping), dtype=dtype, device=a.device)
+
+
+def _fake(a, damping):
+    inverse = a.new_empty(a.shape, dtype=_check.accumulate_dtype(a.dtype))
+    return inverse, a.new_empty(a.shape[:-2], dtype=torch.int32)
+
+
+_damped_inverse = define(
+    "damped_inverse(Tensor a, Tensor damping) -> (Tensor inverse, Tensor info)",
+    stem="damped_inverse",
+    reference=reference.damped_inverse,
+    fake=_fake,
+)

@@ -1,0 +1,14 @@
+"""Oracle of `fused_so.ops.centered_grad`."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fused_so.reference._dtype import accumulate
+
+
+def centered_grad(g: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    g, h = accumulate(g), accumulate(h)
+    n = h.shape[0]
+    mean = h.sum(0) / max(n, 1)
+    return g.T @ (h - mean), g.sum(0), mean
