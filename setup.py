@@ -74,7 +74,9 @@ class BuildLibraries(BuildExtension):
 
 
 def cuda_library_dir():
-    dry_run = subprocess.run([NVCC, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
+    dry_run = subprocess.run(
+        [NVCC, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True
+    )
     top = next(line for line in dry_run.stderr.splitlines() if line.startswith("#$ TOP="))
     return os.path.join(top.removeprefix("#$ TOP="), "lib64")
 

@@ -3,10 +3,11 @@
 from importlib.metadata import version as _version
 
 from fused_so import _extension, ops, reference
+from fused_so.optim import ACP, CGD
 
 __version__ = _version("fused_so")
 
 LOADED_LIBRARIES = _extension.load_libraries()
 """The compiled libraries in use: "_C" (CPU), "_C_cuda"; empty when the references run."""
 
-__all__ = ["LOADED_LIBRARIES", "__version__", "ops", "reference"]
+__all__ = ["ACP", "CGD", "LOADED_LIBRARIES", "__version__", "ops", "reference"]

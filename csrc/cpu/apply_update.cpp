@@ -77,6 +77,7 @@ void apply_update(std::vector<Tensor> params, std::vector<Tensor> updates,
     const UpdateRule<A> rule{static_cast<A>(lr), static_cast<A>(momentum),
                              static_cast<A>(weight_decay), nesterov};
     const A factor = scale ? *read<A>(*scale) : A(1);
+    if (factor == 0) return;
     if (updates[0].scalar_type() == params[0].scalar_type()) {
       update_all<P, P>(params, updates, momentum_buffers, rule, factor);
     } else {

@@ -5,21 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fused_so._dtypes import accumulate_dtype
+
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which an op accumulates and answers: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def floating(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
     if value.dtype not in _FLOATING:
-        raise TypeError(
-            f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}"
-        )
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}")
     if value.layout != torch.strided:
         raise TypeError(f"{name} must be a dense (strided) tensor, got layout {value.layout}")
 

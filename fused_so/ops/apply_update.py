@@ -42,7 +42,8 @@ def apply_update_(
         weight_decay: lambda, >= 0; outside the metric, scaled by lr alone.
         nesterov: use the look-ahead form.
         scale: a 0-dim tensor s of the accumulate dtype on the same device, or None for 1. A clip
-            factor computed on a GPU stays there.
+            factor computed on a GPU stays there. 0 skips the update: nothing is changed, whatever
+            Delta holds.
 
     Raises:
         TypeError, ValueError: an argument breaks a rule above; nothing is changed.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fused_so import reference
+from fused_so._dtypes import accumulate_dtype
 from fused_so.ops import _check
 from fused_so.ops._registry import define
 
@@ -38,7 +39,7 @@ def centered_grad(g: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _fake(g, h):
-    dtype = _check.accumulate_dtype(g.dtype)
+    dtype = accumulate_dtype(g.dtype)
     out, width = g.shape[1], h.shape[1]
     return (
         g.new_empty((out, width), dtype=dtype),

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fused_so import reference
+from fused_so._dtypes import accumulate_dtype
 from fused_so.ops import _check
 from fused_so.ops._registry import define
 
@@ -77,7 +78,7 @@ def covariance_(
 
 
 def _fake_covariance(h, *, centered=True):
-    dtype = _check.accumulate_dtype(h.dtype)
+    dtype = accumulate_dtype(h.dtype)
     d = h.shape[1]
     return h.new_empty((d, d), dtype=dtype), h.new_empty((d,), dtype=dtype)
 

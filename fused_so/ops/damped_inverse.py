@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_so import reference
+from fused_so._dtypes import accumulate_dtype
 from fused_so.ops import _check
 from fused_so.ops._registry import define
 
@@ -73,7 +74,7 @@ def _damped_inverse_of_list(matrices, damping):
 
 
 def _damping_tensor(damping: float | Tensor, batch: Sequence[int], a: Tensor) -> Tensor:
-    dtype = _check.accumulate_dtype(a.dtype)
+    dtype = accumulate_dtype(a.dtype)
     if isinstance(damping, Tensor):
         _check.shape("damping", damping, tuple(batch))
         _check.same_device(a=a, damping=damping)
@@ -85,7 +86,7 @@ def _damping_tensor(damping: float | Tensor, batch: Sequence[int], a: Tensor) ->
 
 
 def _fake(a, damping):
-    inverse = a.new_empty(a.shape, dtype=_check.accumulate_dtype(a.dtype))
+    inverse = a.new_empty(a.shape, dtype=accumulate_dtype(a.dtype))
     return inverse, a.new_empty(a.shape[:-2], dtype=torch.int32)
 
 

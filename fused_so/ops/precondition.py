@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fused_so import reference
+from fused_so._dtypes import accumulate_dtype
 from fused_so.ops import _check
 from fused_so.ops._registry import define
 
@@ -83,7 +84,7 @@ def _alpha_tensor(alpha: float | Tensor, mean: Tensor) -> Tensor | None:
 
 
 def _fake(grad_weight, grad_bias, mean, input_inverse, *, output_inverse=None, alpha=None):
-    dtype = _check.accumulate_dtype(grad_weight.dtype)
+    dtype = accumulate_dtype(grad_weight.dtype)
     return (
         grad_weight.new_empty(grad_weight.shape, dtype=dtype),
         grad_weight.new_empty(grad_bias.shape, dtype=dtype),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fused_so.reference._dtype import accumulate
+from fused_so._dtypes import accumulate
 
 
 @torch.no_grad()
@@ -29,6 +29,11 @@ def apply_update_(
             u = scale * u
         u = u + weight_decay * p
         if momentum:
-            v = momentum_buffers[i].mul_(momentum).add_(u)
+            v = momentum * momentum_buffers[i] + u
             u = u + momentum * v if nesterov else v
-        param.copy_(p - lr * u)
+            momentum_buffers[i].copy_(_unless_skipped(scale, v, momentum_buffers[i]))
+        param.copy_(_unless_skipped(scale, p - lr * u, p))
+
+
+def _unless_skipped(scale: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
+    return new if scale is None else torch.where(scale == 0, old, new)

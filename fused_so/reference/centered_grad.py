@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fused_so.reference._dtype import accumulate
+from fused_so._dtypes import accumulate
 
 
 def centered_grad(g: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_so.reference._dtype import accumulate
+from fused_so._dtypes import accumulate
 
 
 def covariance(h: Tensor, *, centered: bool = True) -> tuple[Tensor, Tensor]:

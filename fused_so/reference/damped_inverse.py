@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fused_so.reference._dtype import accumulate
+from fused_so._dtypes import accumulate
 
 
 def damped_inverse(

@@ -1,0 +1,48 @@
+"""Layer inputs and output gradients, as (n, d) matrices, handed over during the backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+
+class Capture:
+    """A forward hook on one nn.Linear that hands over its input and its output's gradient.
+
+    While `active`, every backward pass through a call of the module runs `receive(h, g)` with
+    h (n, in), the input, and g (n, out), the gradient of the loss with respect to the output;
+    leading dimensions are flattened into n. Neither is kept: both live as long as autograd
+    holds them. Forward passes without gradients are not seen.
+    """
+
+    def __init__(self, module: nn.Linear, receive: Callable[[Tensor, Tensor], None]):
+        self.active = True
+        self._module = module
+        self._receive = receive
+        self._handle = module.register_forward_hook(self, with_kwargs=True)
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+        if not (self.active and output.requires_grad):
+            return
+        h = (args[0] if args else kwargs["input"]).detach()
+
+        def hand_over(g: Tensor) -> None:
+            self._receive(h.reshape(-1, h.shape[-1]), g.detach().reshape(-1, g.shape[-1]))
+
+        output.register_hook(hand_over)
+
+    def remove(self) -> None:
+        self._handle.remove()
+
+    def __reduce__(self):
+        # A copied or pickled model must neither feed nor drag along this model's optimizer.
+        return _inert, ()
+
+
+def _inert() -> Callable:
+    return _do_nothing
+
+
+def _do_nothing(module, args, kwargs, output) -> None:
+    return None

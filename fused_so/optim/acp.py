@@ -1,0 +1,194 @@
+"""ACP, the amortized covariance preconditioner (George 2017, Algorithm 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_so import ops
+from fused_so.optim.kronecker import KroneckerOptimizer, Layer, check_number
+
+MAX_SQUARED_GRADIENT = "max_squared_gradient"
+_LARGEST_BOOST = 1000.0
+
+
+class ACP(KroneckerOptimizer):
+    r"""Gradient descent preconditioned by the inverse covariance of every layer's input.
+
+    For a linear layer with mean input m and input covariance C, both running averages,
+
+    .. math::
+        \Delta W = \frac1\alpha (\nabla_W - \nabla_b m^T) (C + \lambda I)^{-1}, \qquad
+        \Delta b = \frac1\alpha \nabla_b - \Delta W m, \qquad
+        \lambda = \frac\epsilon\alpha + \delta \frac{\operatorname{tr} C}{d}
+
+    the step under the curvature alpha E[(h, 1)(h, 1)^T] of George 2017, eq. 6.2.3 to 6.2.5.
+    `p.grad` is only read, so clipping and gradient reduction work as with any optimizer.
+
+    Args:
+        model: the module to train. Its nn.Linear layers are preconditioned; every other
+            parameter takes momentum SGD with the same lr and bound, and a warning lists them.
+        lr: the learning rate, >= 0.
+        alpha: the curvature with respect to a layer's output: a number > 0 for all layers, or
+            "max_squared_gradient", the largest squared derivative of an example's loss with
+            respect to an output of the layer, per layer and batch (thesis, section 6.3.2).
+        damping: epsilon >= 0, in the units of the curvature; it is divided by alpha.
+        relative_damping: delta >= 0, relative to the mean variance of the layer's inputs. It
+            keeps directions that the batches seen so far do not span from exploding.
+        momentum: of the preconditioned updates, in [0, 1].
+        nesterov: take the look-ahead form of momentum.
+        weight_decay: >= 0, decoupled from the metric: added to the update times the parameter.
+        statistics_every: average mean and covariance every so many steps.
+        inverse_every: invert them every so many steps. Both also happen at steps 0, 1, 2, 4,
+            8, ... up to there, while averages of few batches improve quickly.
+        decay: of the exponential averages, in [0, 1); bias-corrected, so that the first batches
+            count fully.
+        kl_clip: an upper bound for lr^2 Delta^T F Delta, the squared length of a param group's
+            step (without momentum) in its metric F; longer steps are shortened. None for no bound.
+        loss_reduction: "mean" if the loss is a mean over examples, "sum" if it is a sum. Only
+            "max_squared_gradient" depends on it.
+        grad_scaler: the torch.amp.GradScaler in use, if any. Only "max_squared_gradient", which
+            sees gradients before they are unscaled, depends on it.
+        params: parameters or param groups; by default all of the model's that require a
+            gradient. A group may set any of the options above but the last three.
+
+    Raises:
+        TypeError, ValueError: an option out of its range, a model without trainable nn.Linear,
+            or a layer whose weight and bias are in different groups.
+        RuntimeError: from `step`, if a covariance cannot be inverted even with the damping
+            raised a thousandfold.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 0.3,
+        *,
+        alpha: float | str = MAX_SQUARED_GRADIENT,
+        damping: float = 1e-4,
+        relative_damping: float = 0.1,
+        momentum: float = 0.9,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+        statistics_every: int = 10,
+        inverse_every: int = 100,
+        decay: float = 0.95,
+        kl_clip: float | None = 1e-2,
+        loss_reduction: str = "mean",
+        grad_scaler: torch.amp.GradScaler | None = None,
+        params: Iterable | None = None,
+    ):
+        if loss_reduction not in ("mean", "sum"):
+            raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
+        self._loss_reduction = loss_reduction
+        self._grad_scaler = grad_scaler
+        options = {
+            "lr": lr,
+            "alpha": alpha,
+            "damping": damping,
+            "relative_damping": relative_damping,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "weight_decay": weight_decay,
+            "statistics_every": statistics_every,
+            "inverse_every": inverse_every,
+            "decay": decay,
+            "kl_clip": kl_clip,
+        }
+        super().__init__(model, options, params)
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        super().check_group(group)
+        alpha = group["alpha"]
+        if isinstance(alpha, str):
+            if alpha != MAX_SQUARED_GRADIENT:
+                raise ValueError(
+                    f"alpha must be a number or {MAX_SQUARED_GRADIENT!r}, got {alpha!r}"
+                )
+        else:
+            check_number("alpha", alpha, 0.0, positive=True)
+        check_number("damping", group["damping"], 0.0)
+        check_number("relative_damping", group["relative_damping"], 0.0)
+        check_number("decay", group["decay"], 0.0, 1.0)
+        for name in ("statistics_every", "inverse_every"):
+            if not isinstance(group[name], int) or group[name] < 1:
+                raise ValueError(f"{name} must be a whole number >= 1, got {group[name]!r}")
+
+    def observes(self, layer: Layer) -> bool:
+        return self._uses_heuristic(layer) or self.due(layer.group["statistics_every"])
+
+    def observe(self, layer: Layer, h: Tensor, g: Tensor) -> None:
+        if self.due(layer.group["statistics_every"]):
+            self.average_covariance(layer, h, layer.group["decay"])
+        if self._uses_heuristic(layer) and g.numel():
+            largest = g.abs().amax()
+            seen = layer.batch.get("largest_gradient", largest)
+            layer.batch["largest_gradient"] = torch.maximum(seen, largest)
+            layer.batch["rows"] = layer.batch.get("rows", 0) + g.shape[0]
+
+    def refresh(self, layers: list[Layer]) -> None:
+        observed = [layer for layer in layers if layer.state.get("examples")]
+        for layer in observed:
+            self._update_alpha(layer)
+        self._invert([layer for layer in observed if self.due(layer.group["inverse_every"])])
+
+    def precondition(self, layer: Layer) -> tuple[Tensor, Tensor] | None:
+        state = layer.state
+        if "inverse" not in state:
+            return None
+        # Algorithm 4, lines 13 and 14, with the bias as in eq. 6.2.5.
+        return ops.precondition(
+            *layer.gradients(), state["mean"], state["inverse"], alpha=state["alpha"]
+        )
+
+    @staticmethod
+    def _uses_heuristic(layer: Layer) -> bool:
+        return layer.group["alpha"] == MAX_SQUARED_GRADIENT
+
+    def _update_alpha(self, layer: Layer) -> None:
+        state = layer.state
+        if not self._uses_heuristic(layer):
+            state["alpha"] = layer.group["alpha"]
+        elif "largest_gradient" in layer.batch:
+            largest = layer.batch["largest_gradient"].to(state["mean"].dtype)
+            if self._loss_reduction == "mean":
+                largest = largest * layer.batch["rows"]
+            if self._grad_scaler is not None and self._grad_scaler.is_enabled():
+                largest = largest / self._grad_scaler._get_scale_async()
+            # alpha = max_ij (d loss_i / d a_ij)^2
+            alpha = largest.square()
+            usable = torch.isfinite(alpha) & (alpha > 0)
+            state["alpha"] = torch.where(usable, alpha, state.get("alpha", 1.0))
+
+    def _damping(self, layer: Layer) -> Tensor:
+        # lambda = epsilon / alpha + delta tr(C) / d
+        absolute = layer.group["damping"] / layer.state["alpha"]
+        variance = layer.state["covariance"].diagonal().mean()
+        return absolute + layer.group["relative_damping"] * variance
+
+    def _invert(self, layers: list[Layer], boost: float = 1.0) -> None:
+        """Replaces the layers' inverses; one that fails keeps its last good value, or zero."""
+        if not layers:
+            return
+        damping = torch.stack([boost * self._damping(layer) for layer in layers])
+        covariances = [layer.state["covariance"] for layer in layers]
+        # Algorithm 4, line 7.
+        inverses, info = ops.damped_inverse(covariances, damping)
+        for layer, inverse, failure in zip(layers, inverses, info.unbind(), strict=True):
+            last_good = layer.state.get("inverse", torch.zeros_like(inverse))
+            layer.state["inverse"] = torch.where(failure == 0, inverse, last_good)
+        self._readback.watch(info, partial(self._retry, layers, damping, boost))
+
+    def _retry(self, layers: list[Layer], damping: Tensor, boost: float, info: Tensor) -> None:
+        failed = [i for i, failure in enumerate(info.tolist()) if failure]
+        if failed and boost >= _LARGEST_BOOST:
+            raise RuntimeError(
+                f"the input covariance of layer {layers[failed[0]].name!r} is not positive "
+                f"definite even with damping {damping[failed[0]].item():.3g}; raise damping or "
+                f"relative_damping"
+            )
+        self._invert([layers[i] for i in failed], 10 * boost)

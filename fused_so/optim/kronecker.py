@@ -1,0 +1,398 @@
+"""The engine under the Kronecker-factored optimizers: CGD and ACP differ only in their factors.
+
+Every linear layer's curvature is modelled as alpha [[C + m m^T, m], [m^T, 1]] (x) I, with m and
+C the mean and covariance of its inputs. The engine finds the layers, keeps their statistics,
+bounds the step, applies it, and resumes; an optimizer says what the factors are.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_so import ops
+from fused_so._dtypes import accumulate_dtype
+from fused_so.capture import Capture
+from fused_so.ops import _check
+from fused_so.optim.readback import Readback
+
+
+@dataclass(eq=False)
+class Layer:
+    """A linear layer, its param group, and what its optimizer holds of the current batch."""
+
+    name: str
+    module: nn.Linear
+    group: dict[str, Any] = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict)
+    batch: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def params(self) -> list[nn.Parameter]:
+        return [p for p in (self.module.weight, self.module.bias) if p is not None]
+
+    @property
+    def centered(self) -> bool:
+        # Without a bias there is no homogeneous coordinate to project out.
+        return self.module.bias is not None
+
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        """The gradients of weight and bias; zeros for a bias that is absent or frozen."""
+        weight, bias = self.module.weight, self.module.bias
+        if bias is None or bias.grad is None:
+            return weight.grad, weight.grad.new_zeros(weight.shape[0])
+        return weight.grad, bias.grad
+
+
+class KroneckerOptimizer(torch.optim.Optimizer):
+    """Base of the optimizers that precondition linear layers with Kronecker factors.
+
+    A subclass implements `observe` (what a batch tells about a layer), `refresh` (once a step,
+    before preconditioning) and `precondition` (the layer's update).
+
+    Args:
+        model: the module to train. Every nn.Linear whose weight requires a gradient is a layer;
+            every other parameter takes momentum SGD with the same settings.
+        defaults: the options of a param group.
+        params: parameters or param groups, as for any torch optimizer; by default all of the
+            model's parameters that require a gradient.
+    """
+
+    def __init__(self, model: nn.Module, defaults: dict[str, Any], params: Iterable | None = None):
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"model must be an nn.Module, got {type(model).__name__}; "
+                f"pass the model itself, not its parameters"
+            )
+        if any(isinstance(p, nn.parameter.UninitializedParameter) for p in model.parameters()):
+            raise ValueError("model has uninitialized (lazy) parameters; run one forward first")
+        if params is None:
+            params = [p for p in model.parameters() if p.requires_grad]
+        self._layers: list[Layer] = []
+        super().__init__(params, defaults)
+        self._readback = Readback()
+        self._warned_of: set[str] = set()
+        self._steps = 0
+        self._layers = self._find_layers(model)
+        self._bind_layers()
+        self._captures = [
+            Capture(layer.module, partial(self._observe, layer)) for layer in self._layers
+        ]
+        self._warn_of_plain_parameters(model)
+        self._choose_what_to_capture()
+
+    # What an optimizer defines.
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Raises on an option out of range."""
+        check_number("lr", group["lr"], 0.0)
+        check_number("momentum", group["momentum"], 0.0, 1.0)
+        check_number("weight_decay", group["weight_decay"], 0.0)
+        if group["nesterov"] and not group["momentum"]:
+            raise ValueError("nesterov=True needs momentum > 0, got momentum=0")
+        if group["kl_clip"] is not None:
+            check_number("kl_clip", group["kl_clip"], 0.0, positive=True)
+
+    def observes(self, layer: Layer) -> bool:
+        """Whether the next batch has to be seen."""
+        raise NotImplementedError
+
+    def observe(self, layer: Layer, h: Tensor, g: Tensor) -> None:
+        """Takes in one call's input h (n, in) and output gradient g (n, out)."""
+        raise NotImplementedError
+
+    def refresh(self, layers: list[Layer]) -> None:
+        """Brings the layers' factors up to date."""
+
+    def precondition(self, layer: Layer) -> tuple[Tensor, Tensor] | None:
+        """The update of weight and bias, or None while the layer has no statistics."""
+        raise NotImplementedError
+
+    # The step.
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Updates the parameters from their gradients; `closure`, if given, computes those."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+
+        self._readback.poll()
+        self.refresh([layer for layer in self._layers if layer.module.weight.grad is not None])
+        for group in self.param_groups:
+            layered, plain = self._updates(group)
+            for updates in (layered, plain):
+                self._apply(group, updates)
+
+        self._steps += 1
+        for layer in self._layers:
+            layer.batch.clear()
+        self._choose_what_to_capture()
+        return loss
+
+    def _updates(self, group: dict[str, Any]) -> tuple[list, list]:
+        """(parameter, gradient, update) of the preconditioned and of the other parameters."""
+        layered, owned = [], set()
+        for layer in self._layers:
+            if layer.group is not group or layer.module.weight.grad is None:
+                continue
+            update = self.precondition(layer)
+            if update is None:
+                continue
+            for param, delta in zip(layer.params, update, strict=False):
+                if param.grad is not None:
+                    layered.append((param, param.grad, delta))
+                    owned.add(param)
+        plain = [
+            (p, p.grad, p.grad) for p in group["params"] if p.grad is not None and p not in owned
+        ]
+        return layered, plain
+
+    def _apply(self, group: dict[str, Any], updates: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+        for same in _by_kind(updates):
+            params = [param for param, _, _ in same]
+            buffers = [self._momentum_buffer(p) for p in params] if group["momentum"] else []
+            ops.apply_update_(
+                params,
+                [delta for _, _, delta in same],
+                buffers,
+                lr=group["lr"],
+                momentum=group["momentum"],
+                weight_decay=group["weight_decay"],
+                nesterov=group["nesterov"],
+                scale=self._bound(group, same),
+            )
+
+    def _bound(self, group: dict[str, Any], updates: list) -> Tensor:
+        """The factor that keeps the squared length lr^2 Delta^T F Delta below kl_clip; 0 skips.
+
+        An update is Delta = F^-1 g, so its length is Delta^T g: one inner product, and no product
+        with F. For the parameters that are not preconditioned, F is the identity.
+        """
+        quadratic = torch.stack(
+            [
+                torch.sum(delta * grad, dtype=accumulate_dtype(delta.dtype))
+                for _, grad, delta in updates
+            ]
+        ).sum()
+        finite = torch.isfinite(quadratic)
+        self._readback.watch(finite, self._warn_unless_finite)
+        if group["kl_clip"] is None or group["lr"] == 0:
+            factor = torch.ones_like(quadratic)
+        else:
+            # nu = min(1, sqrt(kl_clip / (lr^2 Delta^T g)))
+            factor = torch.sqrt(group["kl_clip"] / (group["lr"] ** 2 * quadratic)).clamp(max=1.0)
+        return torch.where(finite, factor, 0.0)
+
+    def _momentum_buffer(self, param: Tensor) -> Tensor:
+        state = self.state[param]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(
+                param, dtype=accumulate_dtype(param.dtype), memory_format=torch.contiguous_format
+            )
+        return state["momentum_buffer"]
+
+    # Layers and their statistics.
+
+    def _find_layers(self, model: nn.Module) -> list[Layer]:
+        groups = {p: group for group in self.param_groups for p in group["params"]}
+        uses: dict[Tensor, int] = {}
+        linear = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+        for _, module in linear:
+            uses[module.weight] = uses.get(module.weight, 0) + 1
+        layers = []
+        for name, module in linear:
+            weight, bias = module.weight, module.bias
+            if weight not in groups or not weight.requires_grad or uses[weight] > 1:
+                continue
+            if bias in groups and groups[bias] is not groups[weight]:
+                raise ValueError(
+                    f"params must keep the weight and bias of layer {name!r} in one group"
+                )
+            layers.append(Layer(name, module))
+        if not layers:
+            raise ValueError(
+                f"model must hold an nn.Linear with a trainable weight for "
+                f"{type(self).__name__} to precondition, got none; use torch.optim.SGD instead"
+            )
+        return layers
+
+    def _bind_layers(self) -> None:
+        """Points every layer at its param group and state; loading a checkpoint replaces both."""
+        for layer in self._layers:
+            weight = layer.module.weight
+            layer.state = self.state[weight]
+            layer.group = next(
+                g for g in self.param_groups if any(p is weight for p in g["params"])
+            )
+
+    def _warn_of_plain_parameters(self, model: nn.Module) -> None:
+        owned = {p for layer in self._layers for p in layer.params}
+        names = {p: name for name, p in model.named_parameters()}
+        plain = [
+            names.get(p, "(not in the model)")
+            for group in self.param_groups
+            for p in group["params"]
+            if p not in owned
+        ]
+        if plain:
+            warnings.warn(
+                f"{type(self).__name__} preconditions nn.Linear layers; momentum SGD with the "
+                f"same lr and bound trains the others: {', '.join(plain)}",
+                stacklevel=4,
+            )
+
+    @torch.no_grad()
+    def _observe(self, layer: Layer, h: Tensor, g: Tensor) -> None:
+        self.observe(layer, h, g)
+
+    def _choose_what_to_capture(self) -> None:
+        for layer, capture in zip(self._layers, self._captures, strict=True):
+            capture.active = self.observes(layer)
+
+    def due(self, every: int) -> bool:
+        """Whether a job done every so many steps is due; at first at steps 0, 1, 2, 4, 8, ..."""
+        early = self._steps < every and self._steps & (self._steps - 1) == 0
+        return early or self._steps % every == 0
+
+    def average_covariance(self, layer: Layer, h: Tensor, decay: float) -> None:
+        """Takes h (n, in) into the layer's running mean and covariance.
+
+        Examples are weighted: with W the discounted number of examples seen, the batch enters
+        with weight n / (W + n). That is a bias-corrected exponential average over steps, and
+        the batches of one step (gradient accumulation, a module called twice) count as one.
+        """
+        state = layer.state
+        width = layer.module.in_features
+        if "covariance" not in state:
+            dtype = accumulate_dtype(h.dtype)
+            state["covariance"] = torch.zeros(width, width, dtype=dtype, device=h.device)
+            state["mean"] = torch.zeros(width, dtype=dtype, device=h.device)
+            state["examples"] = 0.0
+        if not layer.batch.get("discounted"):
+            state["examples"] *= decay
+            layer.batch["discounted"] = True
+        n = h.shape[0]
+        if n == 0:
+            return
+        seen = state["examples"]
+        accepted = ops.covariance_(
+            state["covariance"], state["mean"], h, decay=seen / (seen + n), centered=layer.centered
+        )
+        state["examples"] += n
+
+        def reject(value: Tensor) -> None:
+            if not value:
+                state["examples"] = max(0.0, state["examples"] - n)
+                self._warn_once(
+                    layer.name,
+                    f"the input of layer {layer.name!r} holds a NaN or Inf, or overflows; "
+                    f"that batch stays out of its statistics",
+                )
+
+        self._readback.watch(accepted, reject)
+
+    def _warn_unless_finite(self, finite: Tensor) -> None:
+        if not finite:
+            self._warn_once("gradient", "a gradient is not finite; such steps are skipped")
+
+    def _warn_once(self, subject: str, message: str) -> None:
+        if subject not in self._warned_of:
+            self._warned_of.add(subject)
+            warnings.warn(f"{type(self).__name__}: {message}", stacklevel=2)
+
+    # Beginning, ending and resuming.
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        try:
+            self.check_group(self.param_groups[-1])
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears the gradients, and with them what was observed of the batches behind them."""
+        super().zero_grad(set_to_none)
+        for layer in self._layers:
+            layer.batch.clear()
+
+    def remove_hooks(self) -> None:
+        """Detaches the optimizer from the model; it can no longer learn statistics."""
+        for capture in self._captures:
+            capture.remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As for any torch optimizer, with the layers and the number of steps."""
+        return {**super().state_dict(), "layers": self._layer_shapes(), "steps": self._steps}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Resumes bit for bit from `state_dict`; nothing is changed if it is not of this model.
+
+        Raises:
+            ValueError: the checkpoint is of another optimizer or architecture.
+        """
+        self._check_checkpoint(state_dict)
+        super().load_state_dict(state_dict)
+        # torch casts state to the dtype of its parameter; statistics stay in their own.
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for index, param in zip(saved, params, strict=True):
+            for key, value in state_dict["state"].get(index, {}).items():
+                if isinstance(value, Tensor):
+                    self.state[param][key] = value.to(param.device, copy=True)
+        self._steps = state_dict["steps"]
+        self._bind_layers()
+        self._choose_what_to_capture()
+
+    def _layer_shapes(self) -> dict[str, tuple[int, int, bool]]:
+        return {
+            layer.name: (layer.module.in_features, layer.module.out_features, layer.centered)
+            for layer in self._layers
+        }
+
+    def _check_checkpoint(self, state_dict: dict[str, Any]) -> None:
+        missing = {"state", "param_groups", "layers", "steps"} - set(state_dict)
+        if missing:
+            raise ValueError(
+                f"state_dict must be one of {type(self).__name__}, but it lacks {sorted(missing)}"
+            )
+        saved, own = dict(state_dict["layers"]), self._layer_shapes()
+        for name in sorted(saved.keys() | own.keys()):
+            if tuple(saved.get(name, ())) != own.get(name, ()):
+                raise ValueError(
+                    f"state_dict must be of this architecture; layer {name!r} (in, out, bias) is "
+                    f"{own.get(name, 'absent')} here and {saved.get(name, 'absent')} there"
+                )
+        for here, there in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            unknown = set(here) ^ set(there)
+            if unknown:
+                raise ValueError(
+                    f"state_dict must have the options of {type(self).__name__}; "
+                    f"these differ: {sorted(unknown)}"
+                )
+
+
+def _by_kind(updates: list[tuple[Tensor, Tensor, Tensor]]) -> list[list]:
+    kinds: dict[tuple, list] = {}
+    for update in updates:
+        param, _, delta = update
+        kinds.setdefault((param.device, param.dtype, delta.dtype), []).append(update)
+    return list(kinds.values())
+
+
+def check_number(
+    name: str, value: float, low: float, high: float = math.inf, *, positive: bool = False
+) -> None:
+    _check.within(name, value, low, high)
+    if positive and value == 0:
+        raise ValueError(f"{name} must be positive, got 0")

@@ -1,0 +1,36 @@
+"""Flags computed on a device, acted upon on the host without waiting for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+class Readback:
+    """Runs a callback with a tensor's value once it has reached the host.
+
+    On a CPU that is at once. On a GPU the value is copied behind the queued work, and `poll`
+    runs the callbacks of the copies that have arrived; nothing ever waits.
+    """
+
+    def __init__(self) -> None:
+        self._pending: list[tuple[torch.cuda.Event, Tensor, Callable[[Tensor], None]]] = []
+
+    def watch(self, value: Tensor, callback: Callable[[Tensor], None]) -> None:
+        if value.device.type != "cuda":
+            callback(value)
+            return
+        on_host = value.to("cpu", non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record(torch.cuda.current_stream(value.device))
+        self._pending.append((arrived, on_host, callback))
+
+    def poll(self) -> None:
+        waiting, self._pending = self._pending, []
+        for arrived, value, callback in waiting:
+            if arrived.query():
+                callback(value)
+            else:
+                self._pending.append((arrived, value, callback))
