@@ -32,7 +32,8 @@ class ACP(KroneckerOptimizer):
     Args:
         model: the module to train. Its nn.Linear layers are preconditioned; every other
             parameter takes momentum SGD with the same lr and bound, and a warning lists them.
-        lr: the learning rate, >= 0.
+        lr: the learning rate, >= 0: while max_norm binds, lr times max_norm is the length of a
+            step in the metric.
         alpha: the curvature with respect to a layer's output: a number > 0 for all layers, or
             "max_squared_gradient", the largest squared derivative of an example's loss with
             respect to an output of the layer, per layer and batch (thesis, section 6.3.2).
@@ -47,8 +48,9 @@ class ACP(KroneckerOptimizer):
             8, ... up to there, while averages of few batches improve quickly.
         decay: of the exponential averages, in [0, 1); bias-corrected, so that the first batches
             count fully.
-        kl_clip: an upper bound for lr^2 Delta^T F Delta, the squared length of a param group's
-            step (without momentum) in its metric F; longer steps are shortened. None for no bound.
+        max_norm: an upper bound for sqrt(Delta^T F Delta), the norm of a param group's update in
+            its metric F (the "KL clip" of the K-FAC family, with lr outside, so that schedules
+            act on clipped steps too). Longer updates are shortened; None for no bound.
         loss_reduction: "mean" if the loss is a mean over examples, "sum" if it is a sum. Only
             "max_squared_gradient" depends on it.
         grad_scaler: the torch.amp.GradScaler in use, if any. Only "max_squared_gradient", which
@@ -66,7 +68,7 @@ class ACP(KroneckerOptimizer):
     def __init__(
         self,
         model: nn.Module,
-        lr: float = 0.3,
+        lr: float = 0.1,
         *,
         alpha: float | str = MAX_SQUARED_GRADIENT,
         damping: float = 1e-4,
@@ -77,7 +79,7 @@ class ACP(KroneckerOptimizer):
         statistics_every: int = 10,
         inverse_every: int = 100,
         decay: float = 0.95,
-        kl_clip: float | None = 1e-2,
+        max_norm: float | None = 1.0,
         loss_reduction: str = "mean",
         grad_scaler: torch.amp.GradScaler | None = None,
         params: Iterable | None = None,
@@ -97,7 +99,7 @@ class ACP(KroneckerOptimizer):
             "statistics_every": statistics_every,
             "inverse_every": inverse_every,
             "decay": decay,
-            "kl_clip": kl_clip,
+            "max_norm": max_norm,
         }
         super().__init__(model, options, params)
 

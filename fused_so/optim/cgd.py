@@ -26,8 +26,8 @@ class CGD(KroneckerOptimizer):
         momentum: of the centered gradients, in [0, 1].
         nesterov: take the look-ahead form of momentum.
         weight_decay: >= 0, added to the update times the parameter.
-        kl_clip: an upper bound for lr^2 Delta^T g, the squared length of a param group's step
-            in its metric; None, the default, for no bound.
+        max_norm: an upper bound for the norm of a param group's update in its metric; None, the
+            default, for no bound.
         params: parameters or param groups; by default all of the model's that require a
             gradient. A group may set any of the options above.
 
@@ -43,7 +43,7 @@ class CGD(KroneckerOptimizer):
         momentum: float = 0.9,
         nesterov: bool = False,
         weight_decay: float = 0.0,
-        kl_clip: float | None = None,
+        max_norm: float | None = None,
         params: Iterable | None = None,
     ):
         options = {
@@ -51,7 +51,7 @@ class CGD(KroneckerOptimizer):
             "momentum": momentum,
             "nesterov": nesterov,
             "weight_decay": weight_decay,
-            "kl_clip": kl_clip,
+            "max_norm": max_norm,
         }
         super().__init__(model, options, params)
 
@@ -65,6 +65,8 @@ class CGD(KroneckerOptimizer):
         batch["rows"] = batch.get("rows", 0) + h.shape[0]
 
     def precondition(self, layer: Layer) -> tuple[Tensor, Tensor] | None:
+        if not layer.centered:
+            return layer.gradients()
         if not layer.batch.get("rows"):
             return None
         mean = layer.batch["sum"] / layer.batch["rows"]

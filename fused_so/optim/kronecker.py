@@ -97,8 +97,8 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         check_number("weight_decay", group["weight_decay"], 0.0)
         if group["nesterov"] and not group["momentum"]:
             raise ValueError("nesterov=True needs momentum > 0, got momentum=0")
-        if group["kl_clip"] is not None:
-            check_number("kl_clip", group["kl_clip"], 0.0, positive=True)
+        if group["max_norm"] is not None:
+            check_number("max_norm", group["max_norm"], 0.0, positive=True)
 
     def observes(self, layer: Layer) -> bool:
         """Whether the next batch has to be seen."""
@@ -146,6 +146,11 @@ class KroneckerOptimizer(torch.optim.Optimizer):
                 continue
             update = self.precondition(layer)
             if update is None:
+                self._warn_once(
+                    layer.name,
+                    f"layer {layer.name!r} was never called as a module while a batch was "
+                    f"observed, so it has no statistics and takes the plain gradient",
+                )
                 continue
             for param, delta in zip(layer.params, update, strict=False):
                 if param.grad is not None:
@@ -172,10 +177,10 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             )
 
     def _bound(self, group: dict[str, Any], updates: list) -> Tensor:
-        """The factor that keeps the squared length lr^2 Delta^T F Delta below kl_clip; 0 skips.
+        """The factor that keeps the norm of Delta in its metric F below max_norm; 0 skips the step.
 
-        An update is Delta = F^-1 g, so its length is Delta^T g: one inner product, and no product
-        with F. For the parameters that are not preconditioned, F is the identity.
+        Delta = F^-1 g, so Delta^T F Delta = Delta^T g: one inner product, and no product with F.
+        For the parameters that are not preconditioned, F is the identity.
         """
         quadratic = torch.stack(
             [
@@ -185,11 +190,10 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         ).sum()
         finite = torch.isfinite(quadratic)
         self._readback.watch(finite, self._warn_unless_finite)
-        if group["kl_clip"] is None or group["lr"] == 0:
-            factor = torch.ones_like(quadratic)
-        else:
-            # nu = min(1, sqrt(kl_clip / (lr^2 Delta^T g)))
-            factor = torch.sqrt(group["kl_clip"] / (group["lr"] ** 2 * quadratic)).clamp(max=1.0)
+        factor = torch.ones_like(quadratic)
+        if group["max_norm"] is not None:
+            # nu = min(1, max_norm / sqrt(Delta^T g))
+            factor = (group["max_norm"] / quadratic.sqrt()).clamp(max=1.0)
         return torch.where(finite, factor, 0.0)
 
     def _momentum_buffer(self, param: Tensor) -> Tensor:
