@@ -9,9 +9,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from bench import methods, training
 from bench import train as program
+from bench.methods import METHODS
 from bench.problems import PROBLEMS, Examples
-from bench.train import METHODS, Budget, Run
+from bench.training import Budget, Run
 
 SHORT = ["--problem", "digits", "--updates", "40", "--batch-size", "128", "--lr", "sgd=0.01"]
 
@@ -88,7 +90,7 @@ def test_methods_start_alike(digits):
 def test_batches_cover_an_epoch_and_repeat_with_the_seed():
     rows = torch.arange(10.0)
     examples = Examples(rows, rows)
-    stream, again = (program.batches(examples, 3, seed=0) for _ in range(2))
+    stream, again = (training.batches(examples, 3, seed=0) for _ in range(2))
     epochs = [torch.cat([next(stream).inputs for _ in range(3)]) for _ in range(2)]
     assert all(len(epoch.unique()) == 9 for epoch in epochs)
     assert not torch.equal(*epochs)
@@ -97,7 +99,7 @@ def test_batches_cover_an_epoch_and_repeat_with_the_seed():
 
 def test_targets_are_taken_with_their_inputs():
     examples = Examples(torch.arange(6.0), torch.arange(6) * 10)
-    batch = next(program.batches(examples, 4, seed=0))
+    batch = next(training.batches(examples, 4, seed=0))
     assert torch.equal(batch.inputs * 10, batch.targets)
 
 
@@ -200,7 +202,7 @@ def test_bad_arguments_are_named(changes, message, tmp_path, capsys):
 
 
 def test_an_optimizer_that_cannot_be_imported_is_refused(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(METHODS, "acp", replace(METHODS["acp"], build=program._fused_so("Missing")))
+    monkeypatch.setitem(METHODS, "acp", replace(METHODS["acp"], build=methods._fused_so("Missing")))
     monkeypatch.setitem(__import__("sys").modules, "fused_so", None)
     with pytest.raises(SystemExit) as stopped:
         program.main(["--problem", "digits", "--optimizers", "acp", "--out", str(tmp_path)])

@@ -1,0 +1,50 @@
+"""The optimizers under comparison, and which of their options are searched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Method:
+    """How to build an optimizer, which values to search, and whether to search them unasked."""
+
+    build: Callable[..., torch.optim.Optimizer]
+    candidates: Mapping[str, Sequence[float]]
+    searched: bool
+
+
+def _sgd(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), momentum=0.9, nesterov=True, **options)
+
+
+def _adam(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
+    return torch.optim.Adam(model.parameters(), **options)
+
+
+def _fused_so(name: str) -> Callable[..., torch.optim.Optimizer]:
+    def build(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
+        import fused_so  # here, so that the baselines run without it
+
+        return getattr(fused_so, name)(model, **options)
+
+    return build
+
+
+def _decades(first: float, last: float) -> tuple[float, ...]:
+    """Two values a decade from 10^first to 10^last, to two digits."""
+    return tuple(float(f"{10.0**power:.2g}") for power in np.arange(first, last + 0.1, 0.5))
+
+
+METHODS: dict[str, Method] = {
+    "sgd": Method(_sgd, {"lr": _decades(-3.5, -1)}, searched=True),
+    "adam": Method(_adam, {"lr": _decades(-4, -1.5)}, searched=True),
+    "cgd": Method(_fused_so("CGD"), {"lr": _decades(-3.5, -1)}, searched=False),
+    "acp": Method(_fused_so("ACP"), {"lr": _decades(-2.5, 0)}, searched=False),
+}

@@ -1,0 +1,186 @@
+"""One optimizer trained under a budget, and the search for its learning rate."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import optuna
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from bench.methods import METHODS
+from bench.problems import Examples, Problem
+
+AVERAGING_DECAY = 0.99
+EVALUATIONS = 30
+EVALUATED_ROWS = 5000
+"""Training error is over the first 5,000 training examples; test error is over the whole set."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long to train: an amount of `seconds` (of training, not evaluating) or of `updates`."""
+
+    amount: float
+    unit: str
+
+    def __str__(self) -> str:
+        return f"{self.amount:g} {'s' if self.unit == 'seconds' else self.unit}"
+
+
+@dataclass
+class Run:
+    """One optimizer trained once, and what was measured on the way, from before the first update.
+
+    `curve` has equally long lists: seconds (of training), updates, train_error and test_error.
+    """
+
+    optimizer: str
+    seed: int
+    hyperparameters: dict[str, float]
+    settings: dict[str, Any] = field(default_factory=dict)
+    diverged: bool = False
+    curve: dict[str, list[float]] = field(
+        default_factory=lambda: {
+            "seconds": [],
+            "updates": [],
+            "train_error": [],
+            "test_error": [],
+        }
+    )
+
+    def record(self, **values: float) -> None:
+        for name, value in values.items():
+            self.curve[name].append(value)
+        if not math.isfinite(values["train_error"]):
+            self.diverged = True
+
+    def final(self, name: str) -> float:
+        return self.curve[name][-1] if self.curve[name] else math.inf
+
+    @property
+    def updates_per_second(self) -> float:
+        return self.final("updates") / max(self.final("seconds"), 1e-9)
+
+    def first_below(self, error: float) -> tuple[float, float]:
+        """Seconds and updates at the first evaluation with training error <= `error`, or inf."""
+        for seconds, updates, reached in zip(
+            self.curve["seconds"], self.curve["updates"], self.curve["train_error"], strict=True
+        ):
+            if reached <= error:
+                return seconds, updates
+        return math.inf, math.inf
+
+
+def batches(examples: Examples, size: int, seed: int) -> Iterator[Examples]:
+    """Endless batches of `size` distinct rows, reshuffled every epoch; the remainder is dropped."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(len(examples), generator=generator)
+        for rows in order[: len(order) // size * size].split(size):
+            yield examples.take(rows)
+
+
+@torch.no_grad()
+def polyak_average_(averages: list[Tensor], params: list[Tensor], seen: Tensor) -> None:
+    """Move the averages towards the parameters; `seen` counts the updates averaged so far.
+
+    The decay grows to AVERAGING_DECAY as (1 + seen) / (10 + seen): a fixed one would show mostly
+    the initial parameters for the first few hundred updates.
+    """
+    decay = min(AVERAGING_DECAY, float((1 + seen) / (10 + seen)))
+    torch._foreach_lerp_(averages, params, 1 - decay)
+
+
+@torch.no_grad()
+def evaluate(problem: Problem, model: nn.Module) -> dict[str, float]:
+    """Training and test error, inf where they are not finite."""
+    errors = {}
+    model.eval()
+    train = problem.train.take(slice(EVALUATED_ROWS))
+    for name, examples in (("train_error", train), ("test_error", problem.test)):
+        error = problem.error(model(examples.inputs), examples.targets).item()
+        errors[name] = error if math.isfinite(error) else math.inf
+    return errors
+
+
+def train(
+    run: Run,
+    problem: Problem,
+    budget: Budget,
+    batch_size: int,
+    *,
+    evaluations: int = EVALUATIONS,
+    advance: Callable[[float, Run], object] = lambda amount, run: None,
+) -> None:
+    """Train `run` until its budget is spent or it diverges, recording errors in it as it goes.
+
+    Evaluations come more densely at the start, where curves bend most. `advance` is told of
+    progress, in the budget's unit, outside the timed part.
+    """
+    torch.manual_seed(run.seed)  # for methods that sample
+    model = problem.build(run.seed)
+    # Copied before the optimizer can put hooks on the model.
+    average = AveragedModel(model, multi_avg_fn=polyak_average_)
+    optimizer = METHODS[run.optimizer].build(model, **run.hyperparameters)
+    run.settings = dict(optimizer.defaults)
+    stream = batches(problem.train, batch_size, run.seed)
+    spent = {"seconds": 0.0, "updates": 0}
+    run.record(**spent, **evaluate(problem, average))
+
+    for step in range(1, evaluations + 1):
+        goal = budget.amount * (step / evaluations) ** 1.5
+        while spent[budget.unit] < goal:
+            before = spent[budget.unit]
+            start = time.perf_counter()
+            batch = next(stream)
+            optimizer.zero_grad()
+            loss = problem.loss(model(batch.inputs), batch.targets)
+            loss.backward()
+            optimizer.step()
+            average.update_parameters(model)
+            finite = math.isfinite(loss.item())
+            spent["seconds"] += time.perf_counter() - start
+            spent["updates"] += 1
+            advance(spent[budget.unit] - before, run)
+            if not finite:
+                run.record(**spent, train_error=math.inf, test_error=math.inf)
+                return
+        if spent["updates"] > run.final("updates"):
+            run.record(**spent, **evaluate(problem, average))
+        if run.diverged:
+            return
+
+
+def search(
+    optimizer: str,
+    problem: Problem,
+    budget: Budget,
+    batch_size: int,
+    advance: Callable[[float, Run], object],
+) -> list[dict[str, float]]:
+    """Train every candidate on seed 0; the final training errors, best first, inf if diverged."""
+    candidates = METHODS[optimizer].candidates
+    tried: list[dict[str, float]] = []
+
+    def objective(trial: optuna.Trial) -> float:
+        chosen = {
+            name: trial.suggest_categorical(name, values) for name, values in candidates.items()
+        }
+        run = Run(optimizer, 0, chosen)
+        train(run, problem, budget, batch_size, evaluations=1, advance=advance)
+        tried.append({**chosen, "train_error": run.final("train_error")})
+        return tried[-1]["train_error"]
+
+    study = optuna.create_study(sampler=optuna.samplers.GridSampler(candidates, seed=0))
+    study.optimize(objective, n_trials=trials_of(optimizer))
+    return sorted(tried, key=lambda trial: trial["train_error"])
+
+
+def trials_of(optimizer: str) -> int:
+    return math.prod(len(values) for values in METHODS[optimizer].candidates.values())
