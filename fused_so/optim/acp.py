@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from fused_so import ops
+from fused_so._dtypes import accumulate_dtype
 from fused_so.optim.kronecker import KroneckerOptimizer, Layer, check_number
 
-MAX_SQUARED_GRADIENT = "max_squared_gradient"
+HEURISTICS = ("mean_max_squared_gradient", "max_squared_gradient")
 _LARGEST_BOOST = 1000.0
 
 
@@ -34,9 +35,11 @@ class ACP(KroneckerOptimizer):
             parameter takes momentum SGD with the same lr and bound, and a warning lists them.
         lr: the learning rate, >= 0: while max_norm binds, lr times max_norm is the length of a
             step in the metric.
-        alpha: the curvature with respect to a layer's output: a number > 0 for all layers, or
-            "max_squared_gradient", the largest squared derivative of an example's loss with
-            respect to an output of the layer, per layer and batch (thesis, section 6.3.2).
+        alpha: the curvature with respect to a layer's output: a number > 0 for all layers, or an
+            estimate per layer and batch. "max_squared_gradient" is that of the thesis (section
+            6.3.2): the largest squared derivative of any example's loss with respect to any
+            output of the layer. "mean_max_squared_gradient", the default, averages each
+            example's largest over the batch, so that one outlier does not set the step.
         damping: epsilon >= 0, in the units of the curvature; it is divided by alpha.
         relative_damping: delta >= 0, relative to the mean variance of the layer's inputs. It
             keeps directions that the batches seen so far do not span from exploding.
@@ -52,9 +55,9 @@ class ACP(KroneckerOptimizer):
             its metric F (the "KL clip" of the K-FAC family, with lr outside, so that schedules
             act on clipped steps too). Longer updates are shortened; None for no bound.
         loss_reduction: "mean" if the loss is a mean over examples, "sum" if it is a sum. Only
-            "max_squared_gradient" depends on it.
-        grad_scaler: the torch.amp.GradScaler in use, if any. Only "max_squared_gradient", which
-            sees gradients before they are unscaled, depends on it.
+            the estimates of alpha depend on it.
+        grad_scaler: the torch.amp.GradScaler in use, if any. Only the estimates of alpha, which
+            see gradients before they are unscaled, depend on it.
         params: parameters or param groups; by default all of the model's that require a
             gradient. A group may set any of the options above but the last three.
 
@@ -68,13 +71,13 @@ class ACP(KroneckerOptimizer):
     def __init__(
         self,
         model: nn.Module,
-        lr: float = 0.1,
+        lr: float = 0.2,
         *,
-        alpha: float | str = MAX_SQUARED_GRADIENT,
-        damping: float = 1e-4,
-        relative_damping: float = 0.1,
+        alpha: float | str = "mean_max_squared_gradient",
+        damping: float = 1e-8,
+        relative_damping: float = 0.3,
         momentum: float = 0.9,
-        nesterov: bool = False,
+        nesterov: bool = True,
         weight_decay: float = 0.0,
         statistics_every: int = 10,
         inverse_every: int = 100,
@@ -107,10 +110,8 @@ class ACP(KroneckerOptimizer):
         super().check_group(group)
         alpha = group["alpha"]
         if isinstance(alpha, str):
-            if alpha != MAX_SQUARED_GRADIENT:
-                raise ValueError(
-                    f"alpha must be a number or {MAX_SQUARED_GRADIENT!r}, got {alpha!r}"
-                )
+            if alpha not in HEURISTICS:
+                raise ValueError(f"alpha must be a number or one of {HEURISTICS}, got {alpha!r}")
         else:
             check_number("alpha", alpha, 0.0, positive=True)
         check_number("damping", group["damping"], 0.0)
@@ -121,16 +122,20 @@ class ACP(KroneckerOptimizer):
                 raise ValueError(f"{name} must be a whole number >= 1, got {group[name]!r}")
 
     def observes(self, layer: Layer) -> bool:
-        return self._uses_heuristic(layer) or self.due(layer.group["statistics_every"])
+        return layer.group["alpha"] in HEURISTICS or self.due(layer.group["statistics_every"])
 
     def observe(self, layer: Layer, h: Tensor, g: Tensor) -> None:
         if self.due(layer.group["statistics_every"]):
             self.average_covariance(layer, h, layer.group["decay"])
-        if self._uses_heuristic(layer) and g.numel():
-            largest = g.abs().amax()
-            seen = layer.batch.get("largest_gradient", largest)
-            layer.batch["largest_gradient"] = torch.maximum(seen, largest)
-            layer.batch["rows"] = layer.batch.get("rows", 0) + g.shape[0]
+        if layer.group["alpha"] in HEURISTICS and g.numel():
+            largest = g.abs().amax(1).to(accumulate_dtype(g.dtype)).square()
+            batch = layer.batch
+            if "rows" in batch:
+                batch["max"] = torch.maximum(batch["max"], largest.amax())
+                batch["sum"] = batch["sum"] + largest.sum()
+                batch["rows"] += len(largest)
+            else:
+                batch.update(max=largest.amax(), sum=largest.sum(), rows=len(largest))
 
     def refresh(self, layers: list[Layer]) -> None:
         observed = [layer for layer in layers if layer.state.get("examples")]
@@ -147,24 +152,21 @@ class ACP(KroneckerOptimizer):
             *layer.gradients(), state["mean"], state["inverse"], alpha=state["alpha"]
         )
 
-    @staticmethod
-    def _uses_heuristic(layer: Layer) -> bool:
-        return layer.group["alpha"] == MAX_SQUARED_GRADIENT
-
     def _update_alpha(self, layer: Layer) -> None:
-        state = layer.state
-        if not self._uses_heuristic(layer):
-            state["alpha"] = layer.group["alpha"]
-        elif "largest_gradient" in layer.batch:
-            largest = layer.batch["largest_gradient"].to(state["mean"].dtype)
-            if self._loss_reduction == "mean":
-                largest = largest * layer.batch["rows"]
+        state, batch, alpha = layer.state, layer.batch, layer.group["alpha"]
+        if alpha not in HEURISTICS:
+            state["alpha"] = alpha
+        elif "rows" in batch:
+            # alpha = max_ij or mean_i max_j of (d loss_i / d a_ij)^2
+            squared = batch["max"]
+            if alpha == "mean_max_squared_gradient":
+                squared = batch["sum"] / batch["rows"]
+            scale = batch["rows"] if self._loss_reduction == "mean" else 1
             if self._grad_scaler is not None and self._grad_scaler.is_enabled():
-                largest = largest / self._grad_scaler._get_scale_async()
-            # alpha = max_ij (d loss_i / d a_ij)^2
-            alpha = largest.square()
-            usable = torch.isfinite(alpha) & (alpha > 0)
-            state["alpha"] = torch.where(usable, alpha, state.get("alpha", 1.0))
+                scale = scale / self._grad_scaler._get_scale_async()
+            estimate = squared * scale**2
+            usable = torch.isfinite(estimate) & (estimate > 0)
+            state["alpha"] = torch.where(usable, estimate, state.get("alpha", 1.0))
 
     def _damping(self, layer: Layer) -> Tensor:
         # lambda = epsilon / alpha + delta tr(C) / d

@@ -95,8 +95,6 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         check_number("lr", group["lr"], 0.0)
         check_number("momentum", group["momentum"], 0.0, 1.0)
         check_number("weight_decay", group["weight_decay"], 0.0)
-        if group["nesterov"] and not group["momentum"]:
-            raise ValueError("nesterov=True needs momentum > 0, got momentum=0")
         if group["max_norm"] is not None:
             check_number("max_norm", group["max_norm"], 0.0, positive=True)
 
