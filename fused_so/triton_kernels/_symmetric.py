@@ -1,0 +1,139 @@
+"""A symmetric product, tile by tile: only the lower triangle is computed, the upper is its mirror.
+
+The covariance sums over rows, the Gram matrix over columns: the same product with the strides
+exchanged. Everything here works on one square tile; what happens to it afterwards is the caller's.
+"""
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import triton
+import triton.language as tl
+
+
+def device_guard(x: torch.Tensor) -> AbstractContextManager:
+    """Makes x's device the current one: Triton launches on the current device, not on x's."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """What `tl.dot` makes of its operands so that float32 follows PyTorch's global setting."""
+    # AMD has no three-product TF32, and TF32 itself on one generation only.
+    if dtype != torch.float32 or torch.version.hip is not None:
+        return "ieee"
+    # Three TF32 products have float32's accuracy at several times the rate of the FP32 units.
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def load_widths(x: torch.Tensor) -> tuple[int, int]:
+    """For each axis of the matrix x, how many neighbours along it one 16-byte load may take.
+
+    Triton finds out by itself only about sizes and strides that are multiples of 16. A layer of
+    1000 or 500 units would load entry by entry, and its half inputs not even asynchronously."""
+    (rows, cols), (row_stride, col_stride) = x.shape, x.stride()
+    widest = 16 // x.element_size()
+    return (
+        math.gcd(widest, rows, col_stride) if row_stride == 1 else 1,
+        math.gcd(widest, cols, row_stride) if col_stride == 1 else 1,
+    )
+
+
+def triangle_grid(size: int, block: int) -> tuple[int]:
+    """One program for each tile on or below the diagonal."""
+    tiles = triton.cdiv(size, block)
+    return (tiles * (tiles + 1) // 2,)
+
+
+@triton.jit
+def multiple_of(x, WIDTH: tl.constexpr):
+    """x, which is a multiple of WIDTH, in a form in which the compiler can see that it is."""
+    return x // WIDTH * WIDTH
+
+
+@triton.jit
+def triangle_tile(tile):
+    """Position (i, j), j <= i, of a tile counted along the rows: tile = i (i + 1) / 2 + j."""
+    i = ((tl.sqrt(8.0 * tile + 1.0) - 1.0) / 2.0).to(tl.int32)
+    # The root is rounded: next to a row's first or last tile it may be off by one.
+    i = tl.where(i * (i + 1) // 2 > tile, i - 1, i)
+    i = tl.where((i + 1) * (i + 2) // 2 <= tile, i + 1, i)
+    return i, tile - i * (i + 1) // 2
+
+
+@triton.jit
+def _load_shifted(ptrs, mask, shift, ACC: tl.constexpr, SHIFTED: tl.constexpr):
+    x = tl.load(ptrs, mask=mask, other=0.0)  # (BLOCK_K, BLOCK_M)
+    if SHIFTED:
+        # The subtraction is float32 even for half inputs. Its result is then rounded to the
+        # input's type: the same relative error the inputs carry already, independent from entry
+        # to entry, and the product stays on the fast half units.
+        deviation = x.to(ACC) - shift[None, :]
+        if x.dtype == tl.float16:
+            # Two float16 numbers can be twice float16's range apart.
+            deviation *= 0.5
+        # Masked entries were loaded as 0, and 0 - shift is not 0.
+        x = tl.where(mask, deviation, 0.0).to(x.dtype)
+    return x
+
+
+@triton.jit
+def symmetric_product(
+    x_ptr,
+    stride_k,
+    stride_m,
+    size_k,
+    size_m,
+    row,
+    col,
+    shift_row,
+    shift_col,
+    ACC: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDTH_K: tl.constexpr,
+    WIDTH_M: tl.constexpr,
+):
+    """acc[r, c] = sum_k (x[k, row_r] - shift_r) (x[k, col_c] - shift_c), (BLOCK_M, BLOCK_M)."""
+    size_k, stride_m = multiple_of(size_k, WIDTH_K), multiple_of(stride_m, WIDTH_K)
+    size_m, stride_k = multiple_of(size_m, WIDTH_M), multiple_of(stride_k, WIDTH_M)
+    k = tl.arange(0, BLOCK_K)
+    # An offset can pass 2^31, and so can a stride times the block.
+    offset_k = k.to(tl.int64)[:, None] * stride_k  # (BLOCK_K, 1)
+    row_ptrs = x_ptr + offset_k + row.to(tl.int64)[None, :] * stride_m  # (BLOCK_K, BLOCK_M)
+    col_ptrs = x_ptr + offset_k + col.to(tl.int64)[None, :] * stride_m
+    step = tl.cast(stride_k, tl.int64) * BLOCK_K
+    row_mask = (row < size_m)[None, :]
+    col_mask = (col < size_m)[None, :]
+
+    acc = tl.zeros((row.shape[0], col.shape[0]), ACC)
+    for start in range(0, size_k, BLOCK_K):
+        k_mask = (k < size_k - start)[:, None]
+        x_row = _load_shifted(row_ptrs, k_mask & row_mask, shift_row, ACC, SHIFTED)
+        x_col = _load_shifted(col_ptrs, k_mask & col_mask, shift_col, ACC, SHIFTED)
+        acc = tl.dot(tl.trans(x_row), x_col, acc, input_precision=PRECISION, out_dtype=ACC)
+        row_ptrs += step
+        col_ptrs += step
+    if SHIFTED and x_ptr.dtype.element_ty == tl.float16:
+        acc *= 4.0  # both factors were halved
+    return acc
+
+
+@triton.jit
+def tile_pointers(out_ptr, i, j, size, BLOCK_M: tl.constexpr):
+    """Pointers to tile (i, j) of a contiguous (size, size) matrix and, entry by entry, to its
+    mirror in tile (j, i)."""
+    r = tl.arange(0, BLOCK_M)
+    # Only the tile's corner needs 64 bits: within a tile 32 do, at half the registers.
+    corner = out_ptr + (i * BLOCK_M).to(tl.int64) * size + j * BLOCK_M
+    mirror = out_ptr + (j * BLOCK_M).to(tl.int64) * size + i * BLOCK_M
+    return corner + (r[:, None] * size + r[None, :]), mirror + (r[None, :] * size + r[:, None])
+
+
+@triton.jit
+def lower_mask(row, col, size):
+    """Entries of a tile in the lower triangle: all of them, except on the diagonal, where the two
+    halves of the tile are summed in different orders and need not agree to the bit."""
+    # One comparison an entry: rows past the end are moved above every column.
+    return tl.where(row < size, row, -1)[:, None] >= col[None, :]

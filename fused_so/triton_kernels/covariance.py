@@ -1,0 +1,262 @@
+"""Covariance of the rows of a matrix, and its exponentially weighted update in place.
+
+Two or three launches: column statistics (in two stages when there are many rows), then the
+symmetric product. The second reads what the first decided from device memory, so the host never
+waits, and no centered copy of h is ever written.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ._symmetric import (
+    device_guard,
+    dot_precision,
+    load_widths,
+    lower_mask,
+    multiple_of,
+    symmetric_product,
+    tile_pointers,
+    triangle_grid,
+    triangle_tile,
+)
+
+# Tile of the column statistics, and how the rows are divided among programs: enough programs to
+# fill a GPU, few enough partial sums that one program adds them up. Nothing depends on the device
+# or on timing, so neither does the result.
+STATISTICS_ROWS = 32
+STATISTICS_COLUMNS = 64
+MIN_ROWS_PER_SPLIT = 256
+MAX_SPLITS = 64
+
+
+class Config(NamedTuple):
+    """Tile of the product: BLOCK_M x BLOCK_M of the result, BLOCK_K rows of h at a time."""
+
+    block_m: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+def heuristic_config(d: int, dtype: torch.dtype) -> Config:
+    """The largest tile that leaves few processors idle and spills no register on any target.
+
+    Chosen from tile counts and from what Triton 3.6 and 3.9 compile: 128 x 128 spills in the
+    epilogue under 3.6, and so does 64 x 64 with four warps. Not yet measured on a GPU."""
+    if dtype == torch.float64:
+        return Config(block_m=32, block_k=16, num_warps=4, num_stages=3)
+    if d <= 512:
+        return Config(block_m=32, block_k=32, num_warps=4, num_stages=3)
+    if dtype == torch.float32:
+        return Config(block_m=64, block_k=32, num_warps=8, num_stages=3)
+    return Config(block_m=64, block_k=64, num_warps=8, num_stages=4)
+
+
+def covariance(h: torch.Tensor, *, centered: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    """cov (d, d) and mean (d,) of the rows of h (n, d)."""
+    n, d = h.shape
+    dtype = torch.promote_types(h.dtype, torch.float32)
+    if n == 0:
+        return h.new_zeros((d, d), dtype=dtype), h.new_zeros(d, dtype=dtype)
+    cov = h.new_empty((d, d), dtype=dtype)
+    mean = h.new_empty(d, dtype=dtype)
+    # With decay 0 the update reads neither cov nor mean.
+    _update(cov, mean, h, decay=0.0, centered=centered, accepted=None)
+    return cov, mean
+
+
+def covariance_(
+    cov: torch.Tensor, mean: torch.Tensor, h: torch.Tensor, *, decay: float, centered: bool = True
+) -> torch.Tensor:
+    """Moves cov (d, d) and mean (d,) towards those of h (n, d), unless h is not finite.
+
+    Returns a 0-dim bool tensor on h's device: whether they were changed."""
+    if h.shape[0] == 0:
+        return h.new_zeros((), dtype=torch.bool)
+    accepted = h.new_empty((), dtype=torch.bool)
+    _update(cov, mean, h, decay=decay, centered=centered, accepted=accepted)
+    return accepted
+
+
+def _update(cov, mean, h, *, decay, centered, accepted):
+    """The launches both ops share; `accepted` None takes the batch as it is."""
+    n, d = h.shape
+    if d == 0:
+        return
+    config = heuristic_config(d, h.dtype)
+    rows_per_split = max(MIN_ROWS_PER_SPLIT, triton.cdiv(n, MAX_SPLITS))
+    splits = triton.cdiv(n, rows_per_split)
+    blocks = triton.cdiv(d, STATISTICS_COLUMNS)
+    # Rows: the batch mean, the old mean. The product reads the old mean from this copy, so that
+    # its tiles on the diagonal may overwrite the original while other tiles are still to come.
+    means = cov.new_empty((2, d))
+    finite = cov.new_empty(blocks, dtype=torch.int32)
+    width_n, width_d = load_widths(h)
+
+    with device_guard(h):
+        sums = cov.new_empty((splits, 2, d)) if splits > 1 else None
+        _sum_columns[(blocks, splits)](
+            h, *h.stride(), n, d, rows_per_split, sums, mean, decay, means, finite,
+            BLOCK_N=STATISTICS_ROWS, BLOCK_D=STATISTICS_COLUMNS, WIDTH_N=width_n, WIDTH_D=width_d,
+        )  # fmt: skip
+        if splits > 1:
+            _add_splits[(blocks,)](
+                sums, splits, n, d, mean, decay, means, finite,
+                BLOCK_S=triton.next_power_of_2(splits), BLOCK_D=STATISTICS_COLUMNS,
+            )  # fmt: skip
+        _update_product[triangle_grid(d, config.block_m)](
+            h, *h.stride(), n, d, means, finite, cov, mean, accepted, decay,
+            CENTERED=centered, BLOCKS=triton.next_power_of_2(blocks), BLOCK_D=STATISTICS_COLUMNS,
+            BLOCK_M=config.block_m, BLOCK_K=config.block_k, PRECISION=dot_precision(h.dtype),
+            WIDTH_N=width_n, WIDTH_D=width_d,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+
+
+@triton.jit
+def _sum_columns(
+    h_ptr,  # (n, d)
+    stride_n,
+    stride_d,
+    n,
+    d,
+    rows_per_split,
+    sums_ptr,  # (splits, 2, d), or None when there is one split
+    mean_ptr,  # (d,)
+    decay: tl.float64,
+    means_ptr,  # (2, d)
+    finite_ptr,  # (blocks,)
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WIDTH_N: tl.constexpr,
+    WIDTH_D: tl.constexpr,
+):
+    ACC: tl.constexpr = mean_ptr.dtype.element_ty
+    d = multiple_of(d, WIDTH_D)
+    stride_d, stride_n = multiple_of(stride_d, WIDTH_N), multiple_of(stride_n, WIDTH_D)
+    col = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    col_ptrs = h_ptr + col.to(tl.int64) * stride_d
+    split = tl.program_id(1).to(tl.int64)
+    first = split * rows_per_split
+    last = tl.minimum(first + rows_per_split, n)
+
+    total = tl.zeros((BLOCK_N, BLOCK_D), ACC)
+    squares = tl.zeros((BLOCK_N, BLOCK_D), ACC)
+    for start in range(first, last, BLOCK_N):
+        row = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
+        mask = (row < last)[:, None] & (col < d)[None, :]
+        x = tl.load(col_ptrs[None, :] + row[:, None] * stride_n, mask=mask, other=0.0).to(ACC)
+        total += x
+        squares += x * x
+    total = tl.sum(total, axis=0)  # (BLOCK_D,)
+    squares = tl.sum(squares, axis=0)
+
+    if sums_ptr is None:
+        _finish_columns(total, squares, col, n, d, mean_ptr, decay, means_ptr, finite_ptr)
+    else:
+        sums_ptr += split * 2 * d
+        tl.store(sums_ptr + col, total, mask=col < d)
+        tl.store(sums_ptr + d + col, squares, mask=col < d)
+
+
+@triton.jit
+def _add_splits(
+    sums_ptr,  # (splits, 2, d)
+    splits,
+    n,
+    d,
+    mean_ptr,  # (d,)
+    decay: tl.float64,
+    means_ptr,  # (2, d)
+    finite_ptr,  # (blocks,)
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    col = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    split = tl.arange(0, BLOCK_S)
+    mask = (split < splits)[:, None] & (col < d)[None, :]
+    ptrs = sums_ptr + split.to(tl.int64)[:, None] * 2 * d + col[None, :]  # (BLOCK_S, BLOCK_D)
+    total = tl.sum(tl.load(ptrs, mask=mask, other=0.0), axis=0)
+    squares = tl.sum(tl.load(ptrs + d, mask=mask, other=0.0), axis=0)
+    _finish_columns(total, squares, col, n, d, mean_ptr, decay, means_ptr, finite_ptr)
+
+
+@triton.jit
+def _finish_columns(total, squares, col, n, d, mean_ptr, decay, means_ptr, finite_ptr):
+    batch_mean = total / n
+    # With decay 0 the old mean may be uninitialized memory, and 0 * NaN is not 0: take 0 for it.
+    old = tl.load(mean_ptr + col, mask=(col < d) & (decay != 0.0), other=0.0)
+    tl.store(means_ptr + col, batch_mean, mask=col < d)
+    tl.store(means_ptr + d + col, old, mask=col < d)
+    # By Cauchy and Schwarz the sums of squares bound every entry of the product: when they are
+    # finite, so are h, its mean and its covariance. A NaN compares false.
+    finite = tl.min((squares < float("inf")).to(tl.int32), axis=0)
+    tl.store(finite_ptr + tl.program_id(0), finite)
+
+
+@triton.jit
+def _update_product(
+    h_ptr,  # (n, d)
+    stride_n,
+    stride_d,
+    n,
+    d,
+    means_ptr,  # (2, d)
+    finite_ptr,  # (blocks,)
+    cov_ptr,  # (d, d)
+    mean_ptr,  # (d,)
+    accepted_ptr,  # (), or None
+    decay: tl.float64,
+    CENTERED: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDTH_N: tl.constexpr,
+    WIDTH_D: tl.constexpr,
+):
+    if accepted_ptr is not None:
+        block = tl.arange(0, BLOCKS)
+        finite = tl.load(finite_ptr + block, mask=block * BLOCK_D < d, other=1)
+        accepted = tl.min(finite, axis=0) != 0
+        if tl.program_id(0) == 0:
+            tl.store(accepted_ptr, accepted)
+        if not accepted:
+            return
+
+    ACC: tl.constexpr = cov_ptr.dtype.element_ty
+    d = multiple_of(d, WIDTH_D)
+    # 1 - decay is taken in float64: in float32 it would lose the digits of a decay close to 1.
+    keep = tl.full((), decay, ACC)
+    blend = tl.full((), 1.0 - decay, ACC)
+
+    i, j = triangle_tile(tl.program_id(0))
+    row = i * BLOCK_M + tl.arange(0, BLOCK_M)
+    col = j * BLOCK_M + tl.arange(0, BLOCK_M)
+    batch_row = tl.load(means_ptr + row, mask=row < d, other=0.0)  # (BLOCK_M,)
+    batch_col = tl.load(means_ptr + col, mask=col < d, other=0.0)
+
+    # C_b = (1/n) sum (h - m_b)(h - m_b)^T
+    value = symmetric_product(
+        h_ptr, stride_n, stride_d, n, d, row, col, batch_row, batch_col,
+        ACC, SHIFTED=CENTERED, BLOCK_K=BLOCK_K, PRECISION=PRECISION,
+        WIDTH_K=WIDTH_N, WIDTH_M=WIDTH_D,
+    ) * (1.0 / tl.full((), n, ACC))  # fmt: skip
+    old_row = tl.load(means_ptr + d + row, mask=row < d, other=0.0)
+    old_col = tl.load(means_ptr + d + col, mask=col < d, other=0.0)
+    # cov <- decay cov + (1 - decay) (C_b + decay (mean - m_b)(mean - m_b)^T)
+    if CENTERED:
+        value += keep * (old_row - batch_row)[:, None] * (old_col - batch_col)[None, :]
+    lower = lower_mask(row, col, d)  # (BLOCK_M, BLOCK_M)
+    cov_ptrs, mirror_ptrs = tile_pointers(cov_ptr, i, j, d, BLOCK_M)
+    value = blend * value + keep * tl.load(cov_ptrs, mask=lower & (decay != 0.0), other=0.0)
+    tl.store(cov_ptrs, value, mask=lower)
+    tl.store(mirror_ptrs, value, mask=lower)
+
+    # mean <- decay mean + (1 - decay) m_b
+    if i == j:
+        tl.store(mean_ptr + row, keep * old_row + blend * batch_row, mask=row < d)
