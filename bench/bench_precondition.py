@@ -1,0 +1,44 @@
+"""precondition against the same products in plain PyTorch."""
+
+import pytest
+import torch
+
+from bench.measure import compare
+from fused_so import ops
+
+# out, in
+SIZES = [(1000, 784), (500, 1000), (256, 256), (64, 64)]
+
+
+@pytest.mark.parametrize("sides", ["input", "both"])
+def test_precondition(benchmark, size, sides):
+    out, width = size
+    grad_weight, grad_bias, mean = torch.randn(out, width), torch.randn(out), torch.rand(width)
+    a, go = torch.randn(width, width), torch.randn(out, out)
+    a, go = a + a.T, go + go.T
+    both = sides == "both"
+    alpha = torch.tensor(0.5)
+
+    def plain():
+        dw = torch.addr(grad_weight, grad_bias, mean, alpha=-1) @ a
+        db = grad_bias
+        if both:
+            dw, db = go @ dw, go @ db
+        dw = dw.div_(alpha)
+        return dw, db / alpha - dw @ mean
+
+    compare(
+        benchmark,
+        f"precondition {out} x {width}, {sides}",
+        lambda: ops.precondition(
+            grad_weight,
+            grad_bias,
+            mean,
+            a,
+            output_inverse=go if both else None,
+            alpha=alpha,
+        ),
+        {"addr, mm": plain},
+        flops=2 * out * width * (width + out * both),
+        bytes=4 * (2 * out * width + width * width + out * out * both),
+    )

@@ -1,0 +1,28 @@
+"""`pytest bench`: the --brief option, and the table at the end."""
+
+from bench import measure
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--brief", action="store_true", help="few rounds and small sizes: only whether it works"
+    )
+
+
+def pytest_configure(config):
+    measure.REPORT.brief = config.getoption("--brief")
+
+
+def pytest_generate_tests(metafunc):
+    # A bench's SIZES are its cases; in brief mode only the last, the smallest.
+    if "size" in metafunc.fixturenames:
+        sizes = metafunc.module.SIZES
+        chosen = sizes[-1:] if measure.REPORT.brief else sizes
+        metafunc.parametrize("size", chosen, ids=lambda size: "x".join(map(str, size)))
+
+
+def pytest_terminal_summary(terminalreporter):
+    if measure.REPORT.rows:
+        terminalreporter.section("ratio to the best ordinary PyTorch, and share of the limit")
+        for line in measure.table():
+            terminalreporter.write_line(line)

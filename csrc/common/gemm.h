@@ -1,0 +1,330 @@
+// Matrix products from packed panels (Goto and van de Geijn 2008; the BLIS library): blocks of A
+// and B are copied into panels in the order in which a register tile reads them, and converted,
+// transposed and centered on the way, so an operand may have any strides and dtype.
+//
+//   gemm               C = beta C + alpha A B
+//   symmetric_product  C = beta C + alpha A A^T + w s s^T, lower triangle only, or mirrored
+//
+// C is row-major with leading dimension ldc; beta = 0 never reads it. Both run on all of torch's
+// threads or on the calling one (Threads::kOne, for use inside a parallel region). The result
+// does not depend on the number of threads: output tiles are shared out, and where k is split,
+// the parts depend on the shape alone and are added in order.
+//
+// 2 m n k operations (half for a symmetric product). Each block of depth 384 moves C once and
+// each packed panel from the L2 cache once a tile; scratch is at most 5 MiB a calling thread.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "common/dispatch.h"
+#include "common/matrix.h"
+#include "common/microkernel.h"
+#include "common/parallel.h"
+#include "common/scratch.h"
+
+namespace fused_so {
+
+enum class Triangle { kLower, kBoth };
+
+// w s s^T.
+template <class T>
+struct RankOne {
+  T weight = 0;
+  const T* vector = nullptr;
+};
+
+namespace gemm_detail {
+
+constexpr int64_t kScratchBytes = 5 << 20;
+constexpr int64_t kL2Bytes = 512 << 10;  // what the B panels of one task may take
+constexpr int64_t kMaxParts = 16;
+constexpr int64_t kSmallProduct = 1 << 20;  // about 20 microseconds on one core
+
+template <class T>
+constexpr int64_t kDepth = sizeof(T) == 4 ? 384 : 256;
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The size of equal parts, a multiple of `unit`, none larger than `limit` (also a multiple).
+inline int64_t even_part(int64_t total, int64_t limit, int64_t unit) {
+  const int64_t count = std::max<int64_t>(1, divide_up(total, limit));
+  return std::max(unit, divide_up(divide_up(total, count), unit) * unit);
+}
+
+template <class T>
+const Microkernel<T>& microkernel() {
+  if constexpr (std::is_same_v<T, double>) {
+    return microkernels().f64;
+  } else {
+    return microkernels().f32;
+  }
+}
+
+template <class S>
+using Bits = std::conditional_t<std::is_same_v<S, Half>, HalfBits,
+                                std::conditional_t<std::is_same_v<S, BFloat16>, BFloat16Bits, S>>;
+
+template <class T, class S>
+const Readers<T, Bits<S>>& readers(const Microkernel<T>& kernel) {
+  return kernel.readers;
+}
+
+template <class S>
+const Bits<S>* as_bits(const S* data) {
+  return reinterpret_cast<const Bits<S>*>(data);
+}
+
+// Packs the panel of `rows` (lanes) first .. first + width of x, all its columns (depth).
+template <class T, class S>
+void pack(PackPanel<T, Bits<S>> pack_panel, const Matrix<S>& x, int64_t first, T* panel) {
+  pack_panel(as_bits(x.data) + first * x.row_stride, x.row_stride, x.col_stride, x.rows - first,
+             x.cols, x.u == nullptr ? x.u : x.u + first, x.v, panel);
+}
+
+// A block of C, and which of its entries are wanted: C[i, j] with j <= i + diagonal, if lower.
+template <class T>
+struct Target {
+  T* c;
+  int64_t ldc;
+  bool lower = false;
+  int64_t diagonal = 0;
+
+  Target block(int64_t row, int64_t col) const {
+    return {c + row * ldc + col, ldc, lower, diagonal + row - col};
+  }
+  // How many entries of row i, of the `cols` there are, are wanted.
+  int64_t wanted(int64_t i, int64_t cols) const {
+    return lower ? std::clamp<int64_t>(i + diagonal + 1, 0, cols) : cols;
+  }
+};
+
+// One tile. When the diagonal cuts it or its size is not a whole number of vectors or of row
+// pairs, it goes through a buffer; the panels are padded with zeros.
+template <class T>
+void multiply_tile(const Microkernel<T>& kernel, int64_t depth, const T* a, const T* b, T alpha,
+                   T beta, const Target<T>& target, int64_t rows, int64_t cols) {
+  const int64_t vector = kernel.nr / 2;
+  const auto tile = kernel.tiles[cols > vector][(rows - 1) / 2];
+  if (rows % 2 == 0 && cols % vector == 0 && target.wanted(0, cols) == cols) {
+    tile(depth, a, b, alpha, beta, target.c, target.ldc);
+    return;
+  }
+  alignas(64) T buffer[16 * 32];
+  tile(depth, a, b, alpha, T(0), buffer, kernel.nr);
+  for (int64_t i = 0; i < rows; ++i) {
+    T* c = target.c + i * target.ldc;
+    const T* from = buffer + i * kernel.nr;
+    const int64_t wanted = target.wanted(i, cols);
+    if (beta == 0) {
+      for (int64_t j = 0; j < wanted; ++j) c[j] = from[j];
+    } else {
+      for (int64_t j = 0; j < wanted; ++j) c[j] = beta * c[j] + from[j];
+    }
+  }
+}
+
+// C[rows, cols] = beta C + alpha A B from consecutive packed panels.
+template <class T>
+void multiply_panels(const Microkernel<T>& kernel, int64_t depth, const T* a, const T* b, T alpha,
+                     T beta, const Target<T>& target, int64_t rows, int64_t cols) {
+  for (int64_t i = 0; i < rows; i += kernel.mr, a += depth * kernel.a_width) {
+    const int64_t tile_rows = std::min(kernel.mr, rows - i);
+    const T* panel = b;
+    for (int64_t j = 0; j < cols; j += kernel.nr, panel += depth * kernel.b_width) {
+      const Target<T> tile = target.block(i, j);
+      const int64_t tile_cols = std::min(kernel.nr, cols - j);
+      if (tile.wanted(tile_rows - 1, tile_cols) == 0) break;
+      multiply_tile(kernel, depth, a, panel, alpha, beta, tile, tile_rows, tile_cols);
+    }
+  }
+}
+
+struct NoFinish {
+  void operator()(int64_t, int64_t, int64_t, int64_t) const {}
+};
+
+// C = beta C + alpha A B over whole panels, with `scratch` for both blocks' panels;
+// finish(row, col, rows, cols) is called once for each part of C, when it is complete.
+template <class T, class SA, class SB, class Finish = NoFinish>
+void multiply(T alpha, const Matrix<SA>& a, const Matrix<SB>& b, T beta, const Target<T>& target,
+              Threads threads, T* scratch, int64_t max_rows, int64_t max_cols,
+              const Finish& finish = {}) {
+  const Microkernel<T>& kernel = microkernel<T>();
+  const Matrix<SB> bt = b.transposed();
+  const int64_t m = a.rows, n = b.cols, k = a.cols;
+  const int64_t depth_step = even_part(k, kDepth<T>, 16);
+  const int64_t row_step = even_part(m, max_rows, kernel.mr);
+  const int64_t col_step = even_part(n, max_cols, kernel.nr);
+  T* const a_panels = scratch;
+  T* const b_panels = scratch + row_step / kernel.mr * kernel.a_width * depth_step;
+
+  for (int64_t col = 0; col < n; col += col_step) {
+    const int64_t cols = std::min(col_step, n - col);
+    for (int64_t row = 0; row < m; row += row_step) {
+      const int64_t rows = std::min(row_step, m - row);
+      const Target<T> block = target.block(row, col);
+      if (block.wanted(rows - 1, cols) == 0) continue;
+      // k = 0 still scales C.
+      for (int64_t depth = 0; depth == 0 || depth < k; depth += depth_step) {
+        const int64_t steps = std::min(depth_step, k - depth);
+        const bool last = depth + steps == k;
+        const Matrix<SA> a_block = a.block(row, depth, rows, steps);
+        const Matrix<SB> b_block = bt.block(col, depth, cols, steps);
+
+        const int64_t a_count = divide_up(rows, kernel.mr), b_count = divide_up(cols, kernel.nr);
+        for_each_task(a_count + b_count, threads, [&](int64_t i) {
+          if (i < b_count) {
+            pack<T, SB>(readers<T, SB>(kernel).pack_b, b_block, i * kernel.nr,
+                        b_panels + i * kernel.b_width * steps);
+          } else {
+            i -= b_count;
+            pack<T, SA>(readers<T, SA>(kernel).pack_a, a_block, i * kernel.mr,
+                        a_panels + i * kernel.a_width * steps);
+          }
+        });
+
+        // A task's B panels stay in the L2 cache while panels of A pass through L1.
+        const int64_t b_bytes = kernel.b_width * std::max<int64_t>(1, steps) * sizeof(T);
+        const int64_t task_cols =
+            even_part(cols, std::max<int64_t>(1, kL2Bytes / b_bytes) * kernel.nr, kernel.nr);
+        const int64_t task_rows = kernel.mr * (rows * cols > (1 << 18) ? 4 : 1);
+        const int64_t row_tasks = divide_up(rows, task_rows);
+        const T scale = depth == 0 ? beta : T(1);
+        for_each_task(row_tasks * divide_up(cols, task_cols), threads, [&](int64_t i) {
+          const int64_t r = i % row_tasks * task_rows, c = i / row_tasks * task_cols;
+          const int64_t part_rows = std::min(task_rows, rows - r);
+          const int64_t part_cols = std::min(task_cols, cols - c);
+          const Target<T> part = block.block(r, c);
+          if (part.wanted(part_rows - 1, part_cols) == 0) return;
+          multiply_panels(kernel, steps, a_panels + r / kernel.mr * kernel.a_width * steps,
+                          b_panels + c / kernel.nr * kernel.b_width * steps, alpha, scale, part,
+                          part_rows, part_cols);
+          if (last) finish(row + r, col + c, part_rows, part_cols);
+        });
+        if (k == 0) break;
+      }
+    }
+  }
+}
+
+// Elements of scratch for `multiply`, for at most `max_rows` and `max_cols` at a time.
+template <class T>
+int64_t scratch_size(int64_t m, int64_t n, int64_t k, int64_t max_rows, int64_t max_cols) {
+  const Microkernel<T>& kernel = microkernel<T>();
+  const int64_t depth = even_part(k, kDepth<T>, 16);
+  return depth * (even_part(m, max_rows, kernel.mr) / kernel.mr * kernel.a_width +
+                  even_part(n, max_cols, kernel.nr) / kernel.nr * kernel.b_width);
+}
+
+// Scratch of the calling thread; different slots may be in use at once.
+template <class T, int Slot = 0>
+T* thread_scratch(int64_t count) {
+  thread_local Scratch scratch;
+  return scratch.get<T>(count);
+}
+
+// How many parts k is cut into: several only when C is too small to keep the threads busy.
+template <class T>
+int64_t count_parts(int64_t m, int64_t n, int64_t k, int64_t part_elements) {
+  if (m * n > 256 * 256 || m * n == 0) return 1;
+  const int64_t fit = kScratchBytes / static_cast<int64_t>(sizeof(T)) / part_elements;
+  return std::max<int64_t>(1, std::min({kMaxParts, k / 256, fit}));
+}
+
+template <class T, class SA, class SB, class Finish = NoFinish>
+void run(T alpha, const Matrix<SA>& a, const Matrix<SB>& b, T beta, const Target<T>& target,
+         Threads threads, const Finish& finish = {}) {
+  const int64_t m = a.rows, n = b.cols, k = a.cols;
+  if (m == 0 || n == 0) return;
+  // Waking the threads costs more than a small product.
+  if (m * n * k < kSmallProduct) threads = Threads::kOne;
+  const Microkernel<T>& kernel = microkernel<T>();
+  const int64_t half = kScratchBytes / 2 / static_cast<int64_t>(sizeof(T)) / kDepth<T>;
+  const int64_t max_rows = half / kernel.a_width * kernel.mr;
+  const int64_t max_cols = half / kernel.b_width * kernel.nr;
+  const int64_t panels = scratch_size<T>(m, n, kDepth<T>, max_rows, max_cols);
+  const int64_t parts =
+      threads == Threads::kOne ? 1 : count_parts<T>(m, n, k, panels + divide_up(m * n, 16) * 16);
+  if (parts == 1) {
+    T* scratch = thread_scratch<T>(scratch_size<T>(m, n, k, max_rows, max_cols));
+    multiply(alpha, a, b, beta, target, threads, scratch, max_rows, max_cols, finish);
+    return;
+  }
+
+  const int64_t stride = divide_up(m * n, 16) * 16;
+  T* const partials = thread_scratch<T, 1>(parts * stride);
+  const int64_t part_depth = divide_up(k, parts);
+  for_each_task(parts, threads, [&](int64_t p) {
+    const int64_t first = std::min(k, p * part_depth);
+    const int64_t depth = std::min(part_depth, k - first);
+    const Target<T> partial{partials + p * stride, n, target.lower, target.diagonal};
+    multiply(T(1), a.block(0, first, m, depth), b.block(first, 0, depth, n), T(0), partial,
+             Threads::kOne, thread_scratch<T>(panels), max_rows, max_cols);
+  });
+  // C = beta C + alpha (C_1 + C_2 + ...), in this order.
+  for_each_task(divide_up(m, 16), m * n > (1 << 12) ? threads : Threads::kOne, [&](int64_t task) {
+    const int64_t row = task * 16, rows = std::min<int64_t>(16, m - row);
+    for (int64_t i = row; i < row + rows; ++i) {
+      const int64_t wanted = target.wanted(i, n);
+      T* sum = partials + i * n;
+      for (int64_t p = 1; p < parts; ++p) {
+        const T* other = sum + p * stride;
+        for (int64_t j = 0; j < wanted; ++j) sum[j] += other[j];
+      }
+      T* c = target.c + i * target.ldc;
+      for (int64_t j = 0; j < wanted; ++j) {
+        c[j] = beta == 0 ? alpha * sum[j] : beta * c[j] + alpha * sum[j];
+      }
+    }
+    finish(row, 0, rows, n);
+  });
+}
+
+// C[i, j] += w s_i s_j for j <= i, then C[j, i] = C[i, j]; in blocks that stay in L1.
+template <class T>
+void finish_symmetric(T* c, int64_t ldc, RankOne<T> term, Triangle triangle, int64_t row,
+                      int64_t col, int64_t rows, int64_t cols) {
+  if (term.vector != nullptr) {
+    const T* s = term.vector;
+    for (int64_t i = row; i < row + rows; ++i) {
+      const T factor = term.weight * s[i];
+      const int64_t end = std::min(col + cols, i + 1);
+      for (int64_t j = col; j < end; ++j) c[i * ldc + j] += factor * s[j];
+    }
+  }
+  if (triangle == Triangle::kLower) return;
+  // Blocks of 32 x 32: read and written while in the L1 cache, and off the diagonal by vectors.
+  constexpr int64_t kBlock = 32;
+  for (int64_t j0 = col; j0 < col + cols; j0 += kBlock) {
+    const int64_t j1 = std::min(j0 + kBlock, col + cols);
+    const int64_t below = std::clamp(j1, row, row + rows);
+    for (int64_t j = j0; j < j1; ++j) {
+      for (int64_t i = std::max(row, j + 1); i < below; ++i) c[j * ldc + i] = c[i * ldc + j];
+    }
+    microkernel<T>().transpose(row + rows - below, j1 - j0, c + below * ldc + j0, ldc,
+                               c + j0 * ldc + below, ldc);
+  }
+}
+
+}  // namespace gemm_detail
+
+// C[m, n] = beta C + alpha A[m, k] B[k, n].
+template <class T, class SA, class SB>
+void gemm(T alpha, const Matrix<SA>& a, const Matrix<SB>& b, T beta, T* c, int64_t ldc,
+          Threads threads) {
+  gemm_detail::run<T>(alpha, a, b, beta, {c, ldc}, threads);
+}
+
+// C[m, m] = beta C + alpha A[m, k] A^T + w s s^T. Only C's lower triangle is read; the upper one
+// is left alone (kLower) or becomes its mirror image, to the bit (kBoth).
+template <class T, class S>
+void symmetric_product(T alpha, const Matrix<S>& a, T beta, T* c, int64_t ldc, Triangle triangle,
+                       Threads threads, RankOne<T> term = {}) {
+  gemm_detail::run<T>(alpha, a, a.transposed(), beta, {c, ldc, /*lower=*/true}, threads,
+                      [&](int64_t row, int64_t col, int64_t rows, int64_t cols) {
+                        gemm_detail::finish_symmetric(c, ldc, term, triangle, row, col, rows, cols);
+                      });
+}
+
+}  // namespace fused_so

@@ -1,0 +1,75 @@
+// The register-tile kernels under every matrix product, one table for each instruction set.
+// This header is read by files compiled for AVX-512: declarations only, and no inline function
+// that the linker could share with code that must run everywhere.
+#pragma once
+
+#include <cstdint>
+
+namespace fused_so {
+
+// float16 and bfloat16 as their bits: torch's classes bring inline functions with them.
+struct HalfBits {
+  uint16_t bits;
+};
+struct BFloat16Bits {
+  uint16_t bits;
+};
+
+// Packs `depth` slices of a panel, each padded with zeros to the panel's width:
+//   panel[p * width + i] = source[i * lane_stride + p * depth_stride] - u[i] v[p]
+// for i < lanes. u or v may be null, meaning ones; both null, nothing is subtracted.
+template <class T, class S>
+using PackPanel = void (*)(const S* source, int64_t lane_stride, int64_t depth_stride,
+                           int64_t lanes, int64_t depth, const T* u, const T* v, T* panel);
+
+// Adds to column sums and, unless `squares` is null, to column sums of squares, in float64.
+template <class S>
+using SumColumns = void (*)(const S* source, int64_t row_stride, int64_t col_stride, int64_t rows,
+                            int64_t cols, double* sums, double* squares);
+
+// What reads an input of dtype S.
+template <class T, class S>
+struct Readers {
+  PackPanel<T, S> pack_a;
+  PackPanel<T, S> pack_b;
+  SumColumns<S> sum_columns;
+};
+
+template <class T>
+struct AllReaders;
+template <>
+struct AllReaders<float>
+    : Readers<float, float>, Readers<float, HalfBits>, Readers<float, BFloat16Bits> {};
+template <>
+struct AllReaders<double> : Readers<double, double> {};
+
+template <class T>
+struct Microkernel {
+  int64_t mr, nr;            // the tile of C held in registers; nr is two vectors, mr is even
+  int64_t a_width, b_width;  // a packed panel's width: mr and nr rounded up to a whole vector
+  // C[rows, cols] = beta C + alpha A B from one panel each; beta = 0 does not read C.
+  // tiles[v][r] is for 2 (r + 1) rows and v + 1 vectors of columns.
+  void (*tiles[2][7])(int64_t depth, const T* a, const T* b, T alpha, T beta, T* c, int64_t ldc);
+  // to[cols, rows] = from[rows, cols]^T.
+  void (*transpose)(int64_t rows, int64_t cols, const T* from, int64_t from_stride, T* to,
+                    int64_t to_stride);
+  AllReaders<T> readers;
+};
+
+struct Microkernels {
+  const char* name;
+  Microkernel<float> f32;
+  Microkernel<double> f64;
+};
+
+#if defined(__x86_64__)
+extern const Microkernels kAvx512Microkernels;
+extern const Microkernels kAvx2Microkernels;
+#endif
+extern const Microkernels kPortableMicrokernels;
+
+// The fastest set this processor runs, or the one named by the environment variable
+// FUSED_SO_CPU=avx512|avx2|portable; chosen at the first call.
+const Microkernels& microkernels();
+
+}  // namespace fused_so

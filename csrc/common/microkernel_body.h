@@ -1,0 +1,325 @@
+// The body of the microkernel_*.cpp files, written in GCC's vector extensions: each of them sets
+// its target first and instantiates this with its own vector and tile sizes. Everything here has
+// internal linkage, and no standard header is included.
+#pragma once
+
+#include "common/microkernel.h"
+
+namespace fused_so {
+namespace {
+
+template <class T, int V>
+struct Vectors {
+  typedef T Type __attribute__((vector_size(V * sizeof(T))));
+};
+template <class T, int V>
+using Vector = typename Vectors<T, V>::Type;
+
+template <int Size>
+struct Integer;
+template <>
+struct Integer<4> {
+  using Type = int32_t;
+};
+template <>
+struct Integer<8> {
+  using Type = int64_t;
+};
+
+template <class To, class From>
+To load_as(const From* from) {
+  To to;
+  __builtin_memcpy(&to, from, sizeof(To));
+  return to;
+}
+
+template <class T, int V>
+void store(T* to, Vector<T, V> value) {
+  __builtin_memcpy(to, &value, sizeof(value));
+}
+
+// Loads V neighbours, converted to T.
+template <class T, int V>
+Vector<T, V> load(const T* from) {
+  return load_as<Vector<T, V>>(from);
+}
+
+template <class T, int V>
+Vector<T, V> load(const BFloat16Bits* from) {
+  const auto bits = load_as<Vector<uint16_t, V>>(from);
+  return (Vector<float, V>)(__builtin_convertvector(bits, Vector<uint32_t, V>) << 16);
+}
+
+template <class T, int V>
+Vector<T, V> load(const HalfBits* from) {
+  using Bits = Vector<uint32_t, V>;
+  const Bits half = __builtin_convertvector(load_as<Vector<uint16_t, V>>(from), Bits);
+  const Bits magnitude = half & 0x7fff;
+  // Exponents are rebiased by 127 - 15; infinity and NaN get the float's largest exponent.
+  const Bits rebias = Bits{} + (112u << 23);
+  const Bits normal = (magnitude << 13) + rebias;
+  const Bits special = normal + rebias;
+  // 0.5 has a last place of 2^-24, that of a subnormal half: 0.5 + x holds x in its last bits.
+  const Bits subnormal = (Bits)((Vector<float, V>)(magnitude | 0x3f000000u) - 0.5f);
+  Bits bits = magnitude < 0x0400u ? subnormal : normal;
+  bits = magnitude >= 0x7c00u ? special : bits;
+  return (Vector<float, V>)(bits | ((half & 0x8000u) << 16));
+}
+
+// Copies `count` < 2 W elements, converted, in pieces of W, W/2 .. 1.
+template <class T, int W, class S>
+void copy_some(const S* from, int64_t count, T* to) {
+  if constexpr (W > 0) {
+    if (count >= W) {
+      if constexpr (W == 1 && sizeof(S) != sizeof(T)) {
+        const S pair[2] = {*from};
+        *to = load<T, 2>(pair)[0];
+      } else if constexpr (W == 1) {
+        *to = *from;
+      } else {
+        store<T, W>(to, load<T, W>(from));
+      }
+      from += W, to += W, count -= W;
+    }
+    copy_some<T, W / 2>(from, count, to);
+  }
+}
+
+// Loads `count` neighbours and zeros after them.
+template <class T, int V, class S>
+Vector<T, V> load_some(const S* from, int64_t count) {
+  if (count >= V) return load<T, V>(from);
+  alignas(V * sizeof(T)) T some[V] = {};
+  copy_some<T, V / 2>(from, count, some);
+  return load<T, V>(some);
+}
+
+template <class T, int MR, int NV, int V, int AWidth, int BWidth>
+void tile(int64_t depth, const T* a, const T* b, T alpha, T beta, T* c, int64_t ldc) {
+  Vector<T, V> sum[MR][NV] = {};
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i) {
+    // The tile of C is wanted in depth * MR cycles.
+    __builtin_prefetch(c + i * ldc, 1);
+    __builtin_prefetch(c + i * ldc + NV * V - 1, 1);
+  }
+#pragma GCC unroll 2
+  for (int64_t p = 0; p < depth; ++p) {
+    Vector<T, V> row[NV];
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) row[j] = load<T, V>(b + j * V);
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) sum[i][j] += a[i] * row[j];
+    }
+    a += AWidth;
+    b += BWidth;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) {
+      T* to = c + i * ldc + j * V;
+      const Vector<T, V> scaled = alpha * sum[i][j];
+      store<T, V>(to, beta == 0 ? scaled : beta * load<T, V>(to) + scaled);
+    }
+  }
+}
+
+// V vectors as rows become columns: log2 V rounds that swap the off-diagonal blocks of size s.
+template <class T, int V>
+void transpose(Vector<T, V> (&rows)[V]) {
+  using Index = Vector<typename Integer<sizeof(T)>::Type, V>;
+  Index lane = {};
+#pragma GCC unroll 16
+  for (int i = 0; i < V; ++i) lane[i] = i;
+#pragma GCC unroll 4
+  for (int s = 1; s < V; s *= 2) {
+    const Index upper = (lane & s) != 0;
+    const Index to_low = upper ? lane - s + V : lane;
+    const Index to_high = upper ? lane + V : lane + s;
+#pragma GCC unroll 16
+    for (int i = 0; i < V; ++i) {
+      if (i & s) continue;
+      const Vector<T, V> low = rows[i], high = rows[i + s];
+      rows[i] = __builtin_shuffle(low, high, to_low);
+      rows[i + s] = __builtin_shuffle(low, high, to_high);
+    }
+  }
+}
+
+// One vector's worth of lanes of a panel.
+template <class T, int V, int Width, class S>
+void pack_lanes(const S* source, int64_t lane_stride, int64_t depth_stride, int64_t lanes,
+                int64_t depth, const T* u, const T* v, T* panel) {
+  using Lanes = Vector<T, V>;
+  const bool subtract = u != nullptr || v != nullptr;
+  // Lanes beyond the last one are zero, with or without a subtrahend.
+  Lanes u_lanes = {};
+  for (int i = 0; i < lanes && i < V; ++i) u_lanes[i] = u != nullptr ? u[i] : T(1);
+  const auto finish = [&](Lanes x, int64_t p) {
+    if (subtract) x -= u_lanes * (v != nullptr ? v[p] : T(1));
+    store<T, V>(panel + p * Width, x);
+  };
+
+  if (lane_stride == 1 && lanes >= V) {
+    for (int64_t p = 0; p < depth; ++p) finish(load<T, V>(source + p * depth_stride), p);
+  } else if (lane_stride == 1) {
+    using Index = Vector<typename Integer<sizeof(T)>::Type, V>;
+    Index lane = {};
+    for (int i = 0; i < V; ++i) lane[i] = i;
+    const Index present = lane < (typename Integer<sizeof(T)>::Type)lanes;
+    // A whole vector may be read as long as it ends before the matrix does.
+    const int64_t last = (depth - 1) * depth_stride + lanes - V;
+    for (int64_t p = 0; p < depth; ++p) {
+      const S* from = source + p * depth_stride;
+      if (depth_stride > 0 && p * depth_stride <= last) {
+        finish((Lanes)((Index)load<T, V>(from) & present), p);
+      } else {
+        finish(load_some<T, V>(from, lanes), p);
+      }
+    }
+  } else if (depth_stride == 1) {
+    for (int64_t p = 0; p < depth; p += V) {
+      Lanes block[V] = {};
+#pragma GCC unroll 16
+      for (int i = 0; i < V; ++i) {
+        if (i < lanes) block[i] = load_some<T, V>(source + i * lane_stride + p, depth - p);
+      }
+      transpose<T, V>(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < V; ++i) {
+        if (p + i < depth) finish(block[i], p + i);
+      }
+    }
+  } else {
+    for (int64_t p = 0; p < depth; ++p) {
+      Lanes gathered = {};
+      for (int i = 0; i < V && i < lanes; ++i) {
+        gathered[i] = load_some<T, V>(source + i * lane_stride + p * depth_stride, 1)[0];
+      }
+      finish(gathered, p);
+    }
+  }
+}
+
+template <class T, int V, int Width, class S>
+void pack_panel(const S* source, int64_t lane_stride, int64_t depth_stride, int64_t lanes,
+                int64_t depth, const T* u, const T* v, T* panel) {
+  for (int first = 0; first < Width; first += V) {
+    pack_lanes<T, V, Width>(source + first * lane_stride, lane_stride, depth_stride, lanes - first,
+                            depth, u == nullptr ? u : u + first, v, panel + first);
+  }
+}
+
+// V entries as float64.
+template <class T, int V, class S>
+Vector<double, V> load_doubles(const S* from, int64_t count) {
+  return __builtin_convertvector(load_some<T, V>(from, count), Vector<double, V>);
+}
+
+template <class T, int V, class S>
+void sum_columns(const S* source, int64_t row_stride, int64_t col_stride, int64_t rows,
+                 int64_t cols, double* sums, double* squares) {
+  using Lanes = Vector<double, V>;
+  if (row_stride == 1) {
+    for (int64_t j = 0; j < cols; ++j) {
+      Lanes sum = {}, square = {};
+      for (int64_t p = 0; p < rows; p += V) {
+        const Lanes x = load_doubles<T, V>(source + j * col_stride + p, rows - p);
+        sum += x;
+        square += x * x;
+      }
+      for (int i = 0; i < V; ++i) {
+        sums[j] += sum[i];
+        if (squares != nullptr) squares[j] += square[i];
+      }
+    }
+    return;
+  }
+  // Eight rows at a time, so that the sums move an eighth as often.
+  for (int64_t p = 0; p < rows; p += 8) {
+    for (int64_t j = 0; j < cols; j += V) {
+      const int64_t lanes = cols - j;
+      Lanes sum = {}, square = {};
+      for (int64_t i = p; i < p + 8 && i < rows; ++i) {
+        Lanes x = {};
+        const S* from = source + i * row_stride + j * col_stride;
+        if (col_stride == 1) {
+          x = load_doubles<T, V>(from, lanes);
+        } else {
+          for (int l = 0; l < V && l < lanes; ++l) {
+            x[l] = load_some<T, V>(from + l * col_stride, 1)[0];
+          }
+        }
+        sum += x;
+        square += x * x;
+      }
+      for (int l = 0; l < V && l < lanes; ++l) {
+        sums[j + l] += sum[l];
+        if (squares != nullptr) squares[j + l] += square[l];
+      }
+    }
+  }
+}
+
+template <class T, int V, int AWidth, int BWidth, class S>
+constexpr Readers<T, S> make_readers() {
+  return {&pack_panel<T, V, AWidth, S>, &pack_panel<T, V, BWidth, S>,
+          &sum_columns<T, V* static_cast<int>(sizeof(T)) / 8, S>};
+}
+
+// Turns V x V blocks over; what is left at the edges goes entry by entry.
+template <class T, int V>
+void transpose_block(int64_t rows, int64_t cols, const T* from, int64_t from_stride, T* to,
+                     int64_t to_stride) {
+  for (int64_t i0 = 0; i0 < rows; i0 += V) {
+    for (int64_t j0 = 0; j0 < cols; j0 += V) {
+      if (i0 + V <= rows && j0 + V <= cols) {
+        Vector<T, V> block[V];
+#pragma GCC unroll 16
+        for (int i = 0; i < V; ++i) block[i] = load<T, V>(from + (i0 + i) * from_stride + j0);
+        transpose<T, V>(block);
+#pragma GCC unroll 16
+        for (int j = 0; j < V; ++j) store<T, V>(to + (j0 + j) * to_stride + i0, block[j]);
+        continue;
+      }
+      for (int64_t i = i0; i < rows && i < i0 + V; ++i) {
+        for (int64_t j = j0; j < cols && j < j0 + V; ++j) {
+          to[j * to_stride + i] = from[i * from_stride + j];
+        }
+      }
+    }
+  }
+}
+
+// The tiles of 2, 4 .. MR rows and of 1 .. NV vectors.
+template <class T, int MR, int NV, int V, int AWidth, int BWidth>
+constexpr void fill_tiles(Microkernel<T>& kernel) {
+  if constexpr (MR > 0) {
+    kernel.tiles[NV - 1][MR / 2 - 1] = &tile<T, MR, NV, V, AWidth, BWidth>;
+    fill_tiles<T, MR - 2, NV, V, AWidth, BWidth>(kernel);
+  }
+}
+
+// A tile of MR x 2 vectors of V.
+template <class T, int MR, int V>
+constexpr Microkernel<T> make_microkernel() {
+  constexpr int a_width = (MR + V - 1) / V * V;
+  constexpr int b_width = 2 * V;
+  Microkernel<T> kernel{MR, b_width, a_width, b_width, {}, &transpose_block<T, V>, {}};
+  fill_tiles<T, MR, 1, V, a_width, b_width>(kernel);
+  fill_tiles<T, MR, 2, V, a_width, b_width>(kernel);
+  if constexpr (sizeof(T) == sizeof(float)) {
+    kernel.readers = {make_readers<T, V, a_width, b_width, float>(),
+                      make_readers<T, V, a_width, b_width, HalfBits>(),
+                      make_readers<T, V, a_width, b_width, BFloat16Bits>()};
+  } else {
+    kernel.readers = {make_readers<T, V, a_width, b_width, double>()};
+  }
+  return kernel;
+}
+
+}  // namespace
+}  // namespace fused_so

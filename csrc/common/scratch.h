@@ -1,0 +1,38 @@
+// Memory that a thread keeps between calls, so that no kernel allocates inside a loop.
+#pragma once
+
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+
+namespace fused_so {
+
+class Scratch {
+ public:
+  Scratch() = default;
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() { std::free(data_); }
+
+  // At least `count` elements, aligned to a cache line; their old contents are lost.
+  template <class T>
+  T* get(int64_t count) {
+    const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
+    if (bytes > size_) {
+      std::free(data_);
+      size_ = 0;
+      data_ = std::aligned_alloc(64, bytes);
+      STD_TORCH_CHECK(data_ != nullptr, "fused_so: cannot allocate ", bytes, " bytes of scratch");
+      size_ = bytes;
+    }
+    return static_cast<T*>(data_);
+  }
+
+ private:
+  void* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+}  // namespace fused_so

@@ -1,0 +1,100 @@
+// Covariance of the rows of a matrix: one pass for the column sums, and one symmetric product
+// that centers while it packs and mixes the running average in where it writes.
+// n d^2 operations (half of a general product), against which the bytes, 2 n d + 2 d^2 entries,
+// count only when n is small: bound by arithmetic from n of about 64.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <tuple>
+#include <vector>
+
+#include "common/column_sums.h"
+#include "common/gemm.h"
+
+namespace fused_so {
+namespace {
+
+template <class T>
+std::vector<T> divide(const std::vector<double>& sums, int64_t n) {
+  std::vector<T> mean(sums.size());
+  for (size_t j = 0; j < sums.size(); ++j) mean[j] = static_cast<T>(sums[j] / n);
+  return mean;
+}
+
+// C = beta C + alpha (H - 1 m^T)^T (H - 1 m^T) + w s s^T; mean null: m = 0.
+template <class S, class T = Accumulate<S>>
+void scatter(T alpha, const Matrix<S>& h, const T* mean, T beta, const Tensor& cov,
+             RankOne<T> term) {
+  symmetric_product(alpha, h.minus(nullptr, mean).transposed(), beta, write<T>(cov), h.cols,
+                    Triangle::kBoth, Threads::kAll, term);
+}
+
+std::tuple<Tensor, Tensor> covariance(Tensor h, bool centered) {
+  const int64_t n = h.size(0), d = h.size(1);
+  const ScalarType type = accumulate_type(h.scalar_type());
+  Tensor cov = torch::stable::new_empty(h, {d, d}, type);
+  Tensor mean = torch::stable::new_empty(h, {d}, type);
+  if (n == 0) {
+    torch::stable::zero_(cov);
+    torch::stable::zero_(mean);
+    return {cov, mean};
+  }
+  with_type(h.scalar_type(), [&](auto tag) {
+    using S = typename decltype(tag)::type;
+    using T = Accumulate<S>;
+    const std::vector<T> m = divide<T>(column_sums(view<S>(h), /*squares=*/false).sums, n);
+    std::copy(m.begin(), m.end(), write<T>(mean));
+    scatter<S>(T(1) / n, view<S>(h), centered ? m.data() : nullptr, T(0), cov, {});
+  });
+  return {cov, mean};
+}
+
+// Whether the batch was taken. Nothing is written before the batch is known to be finite.
+template <class S>
+bool mix(const Tensor& cov, const Tensor& mean, const Tensor& h, double decay, bool centered) {
+  using T = Accumulate<S>;
+  const int64_t n = h.size(0), d = h.size(1);
+  if (n == 0) return false;
+  const ColumnSums statistics = column_sums(view<S>(h), /*squares=*/true);
+  if (!std::isfinite(static_cast<T>(statistics.sum_of_squares))) return false;
+  if (decay == 1) return true;
+
+  const std::vector<T> batch_mean = divide<T>(statistics.sums, n);
+  T* const m = write<T>(mean);
+  const T beta = static_cast<T>(decay), rest = static_cast<T>(1 - decay);
+  // C <- beta C + (1-beta)/n (H-1 m_b^T)^T (H-1 m_b^T) + beta (1-beta) (m-m_b)(m-m_b)^T
+  std::vector<T> shift;
+  RankOne<T> term;
+  if (centered && decay > 0) {
+    shift.resize(d);
+    for (int64_t j = 0; j < d; ++j) shift[j] = m[j] - batch_mean[j];
+    term = {static_cast<T>(decay * (1 - decay)), shift.data()};
+  }
+  scatter<S>(static_cast<T>((1 - decay) / n), view<S>(h), centered ? batch_mean.data() : nullptr,
+             beta, cov, term);
+  // m <- beta m + (1-beta) m_b; a decay of 0 does not read m, which may be NaN.
+  for (int64_t j = 0; j < d; ++j) {
+    m[j] = decay > 0 ? beta * m[j] + rest * batch_mean[j] : batch_mean[j];
+  }
+  return true;
+}
+
+Tensor covariance_(Tensor cov, Tensor mean, Tensor h, double decay, bool centered) {
+  Tensor accepted = torch::stable::new_empty(h, {}, ScalarType::Bool);
+  *static_cast<bool*>(accepted.mutable_data_ptr()) = with_type(h.scalar_type(), [&](auto tag) {
+    return mix<typename decltype(tag)::type>(cov, mean, h, decay, centered);
+  });
+  return accepted;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fused_so, CPU, m) {
+  m.impl("covariance", TORCH_BOX(&covariance));
+  m.impl("covariance_", TORCH_BOX(&covariance_));
+}
+
+}  // namespace fused_so

@@ -1,0 +1,234 @@
+// (A + damping I)^-1 of symmetric positive definite matrices, in place in the result.
+//
+// d^3 operations and 8 d^2 bytes in float32 (reads half of A, writes the inverse): bound by
+// arithmetic from d = 16 on. Small matrices go one to a thread; a large one is shared by all.
+// Every entry is computed by one thread, always in the same order: the bits of the result do not
+// depend on the number of threads. Memory beyond the result: one panel of rows a matrix at work.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <limits>
+#include <string_view>
+#include <tuple>
+#include <vector>
+
+#include "common/dispatch.h"
+#include "common/gemm.h"
+#include "common/matrix.h"
+#include "common/microkernel.h"
+#include "common/parallel.h"
+#include "common/spd_sweep.h"
+
+namespace fused_so {
+namespace {
+
+using gemm_detail::divide_up;
+
+constexpr int64_t kMaxPanelWidth = 32;  // of every packed panel and every SweepBody
+
+// The three instruction sets. The target attribute reaches everything inlined into a function.
+#if defined(__x86_64__)
+#define FUSED_SO_AVX512 __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")))
+#define FUSED_SO_AVX2 __attribute__((target("avx2,fma")))
+
+// 32 registers of 64 bytes: 16 sums, 2 of B, the rest hides latencies.
+template <class T>
+struct Avx512 {
+  using Body = SweepBody<T, 64, 8>;
+  FUSED_SO_AVX512 static int64_t factor(T* w, int64_t ld) { return Body::factor(w, ld); }
+  FUSED_SO_AVX512 static void multiply(const SweepStep<T>& s, int64_t q) { Body::multiply(s, q); }
+  FUSED_SO_AVX512 static void update(const SweepStep<T>& s, int64_t q) { Body::update(s, q); }
+};
+
+// 16 registers of 32 bytes: 8 sums, 2 of B, 1 of A.
+template <class T>
+struct Avx2 {
+  using Body = SweepBody<T, 32, 4>;
+  FUSED_SO_AVX2 static int64_t factor(T* w, int64_t ld) { return Body::factor(w, ld); }
+  FUSED_SO_AVX2 static void multiply(const SweepStep<T>& s, int64_t q) { Body::multiply(s, q); }
+  FUSED_SO_AVX2 static void update(const SweepStep<T>& s, int64_t q) { Body::update(s, q); }
+};
+#endif
+
+template <class T>
+struct Portable {
+  using Body = SweepBody<T, 16, 4>;
+  static int64_t factor(T* w, int64_t ld) { return Body::factor(w, ld); }
+  static void multiply(const SweepStep<T>& s, int64_t q) { Body::multiply(s, q); }
+  static void update(const SweepStep<T>& s, int64_t q) { Body::update(s, q); }
+};
+
+template <class T, template <class> class Isa>
+SweepTiles<T> tiles_of() {
+  return {Isa<T>::Body::kWidth, &Isa<T>::factor, &Isa<T>::multiply, &Isa<T>::update};
+}
+
+template <class T>
+SweepTiles<T> choose_tiles() {
+#if defined(__x86_64__)
+  const std::string_view name = microkernels().name;
+  if (name == "avx512") return tiles_of<T, Avx512>();
+  if (name == "avx2") return tiles_of<T, Avx2>();
+#endif
+  return tiles_of<T, Portable>();
+}
+
+// Rows of a block: few for a small matrix, whose panel products cost d^2 block; more for a large
+// one, which every step reads and writes. At most 4 MiB of panels.
+template <class T>
+int64_t block_rows(int64_t d) {
+  int64_t block = d <= 128 ? 16 : d <= 512 ? 32 : kMaxBlock;
+  while (block > kBase && block * d * int64_t{sizeof(T)} > (4 << 20)) block /= 2;
+  return block;
+}
+
+template <class T>
+class Inverter {
+ public:
+  explicit Inverter(int64_t d)
+      : tiles_(choose_tiles<T>()),
+        d_(d),
+        block_(block_rows<T>(d)),
+        w_(block_ * block_),
+        base_(kBase * kBase),
+        block_panels_(kBase * padded_width(block_)),
+        panels_(block_ * padded_width(d)) {}
+
+  // x: the matrix in the upper triangle; comes back as the inverse, in the lower one. Returns 0
+  // or the order of the first leading minor that is not positive definite.
+  int64_t run(T* x, Threads threads) {
+    for (int64_t k0 = 0; k0 < d_; k0 += block_) {
+      const int64_t k1 = std::min(d_, k0 + block_);
+      const int64_t depth = divide_up(k1 - k0, kBase) * kBase;
+      copy_block(x, k0, k1, depth);
+      if (const int64_t order = factor_block(depth)) return k0 + order;
+      apply({x, d_, k0, k1, depth, w_.data(), panels_.data(), false}, threads);
+    }
+    return 0;
+  }
+
+ private:
+  int64_t padded_width(int64_t n) const { return divide_up(n, tiles_.width) * tiles_.width; }
+
+  void apply(const SweepStep<T>& step, Threads threads) const {
+    const int64_t panels = divide_up(step.d, tiles_.width);
+    for_each_task(panels, threads, [&](int64_t q) { tiles_.multiply(step, q); });
+    for_each_task(panels, threads, [&](int64_t q) { tiles_.update(step, q); });
+  }
+
+  // The block's upper triangle, padded with the identity, zeros below.
+  void copy_block(const T* x, int64_t k0, int64_t k1, int64_t depth) {
+    for (int64_t i = 0; i < depth; ++i) {
+      T* row = w_.data() + i * depth;
+      std::fill(row, row + depth, T(0));
+      row[i] = T(1);
+      if (k0 + i < k1) std::copy(x + (k0 + i) * d_ + k0 + i, x + (k0 + i) * d_ + k1, row + i);
+    }
+  }
+
+  // A = L L^T in the upper triangle of w comes back as L^-1: the same sweep, without the product.
+  int64_t factor_block(int64_t n) {
+    T* w = w_.data();
+    if (n == kBase) return tiles_.factor(w, n);
+    for (int64_t k0 = 0; k0 < n; k0 += kBase) {
+      if (const int64_t order = tiles_.factor(w + k0 * n + k0, n)) return k0 + order;
+      for (int64_t i = 0; i < kBase; ++i) {
+        std::copy_n(w + (k0 + i) * n + k0, kBase, base_.data() + i * kBase);
+      }
+      apply({w, n, k0, k0 + kBase, kBase, base_.data(), block_panels_.data(), true}, Threads::kOne);
+    }
+    for (int64_t i = 0; i < n; ++i) std::fill(w + i * n + i + 1, w + (i + 1) * n, T(0));
+    return 0;
+  }
+
+  SweepTiles<T> tiles_;
+  int64_t d_, block_;
+  std::vector<T> w_, base_, block_panels_, panels_;
+};
+
+// to[j, i] = from[i, j] for j <= i: the lower triangle becomes the upper one, by panels of rows
+// that the packing routine turns into columns. `from` may be `to` itself.
+template <class T, class S>
+void transpose_lower(Matrix<S> from, T* to, Threads threads) {
+  constexpr int64_t kChunk = 64;
+  const Microkernel<T>& kernel = gemm_detail::microkernel<T>();
+  const int64_t d = from.rows, width = kernel.b_width;
+  for_each_task(divide_up(d, width), threads, [&](int64_t q) {
+    alignas(64) T columns[kChunk * kMaxPanelWidth];
+    const int64_t i0 = q * width, i1 = std::min(d, i0 + width);
+    for (int64_t j0 = 0; j0 < i1; j0 += kChunk) {
+      const int64_t j1 = std::min(i1, j0 + kChunk);
+      const Matrix<S> rows = from.block(i0, j0, i1 - i0, j1 - j0);
+      gemm_detail::pack<T, S>(gemm_detail::readers<T, S>(kernel).pack_b, rows, 0, columns);
+      for (int64_t j = j0; j < j1; ++j) {
+        const T* column = columns + (j - j0) * width - i0;
+        std::copy(column + std::max(i0, j), column + i1, to + j * d + std::max(i0, j));
+      }
+    }
+  });
+}
+
+// The offset of matrix m of the batch, in elements.
+int64_t batch_offset(const Tensor& a, int64_t m) {
+  int64_t offset = 0;
+  for (int64_t dim = a.dim() - 3; dim >= 0; --dim) {
+    offset += m % a.size(dim) * a.stride(dim);
+    m /= a.size(dim);
+  }
+  return offset;
+}
+
+template <class S>
+void invert_all(const Tensor& a, const Tensor& damping, const Tensor& inverse, const Tensor& info) {
+  using T = Accumulate<S>;
+  const int64_t d = a.size(-1), batch = info.numel();
+  const auto invert_one = [&](Inverter<T>& inverter, int64_t m, Threads threads) {
+    T* x = write<T>(inverse) + m * d * d;
+    const S* source = read<S>(a) + batch_offset(a, m);
+    transpose_lower<T>(Matrix<S>{source, d, d, a.stride(-2), a.stride(-1)}, x, threads);
+    for (int64_t i = 0; i < d; ++i) x[i * d + i] += read<T>(damping)[m];
+    const int64_t order = inverter.run(x, threads);
+    write<int32_t>(info)[m] = static_cast<int32_t>(order);
+    if (order == 0) {
+      transpose_lower<T>(view<T>(x, d, d, d), x, threads);
+    } else {
+      std::fill(x, x + d * d, std::numeric_limits<T>::quiet_NaN());
+    }
+  };
+
+  // Sharing one matrix pays from d = 256 on; beyond 512 not every thread can have its own panels.
+  const int64_t workers = torch::stable::get_num_threads();
+  if (d > 512 || (d >= 256 && batch < workers)) {
+    Inverter<T> inverter(d);
+    for (int64_t m = 0; m < batch; ++m) invert_one(inverter, m, Threads::kAll);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  for_each_task(std::min(workers, batch), Threads::kAll, [&](int64_t) {
+    Inverter<T> inverter(d);
+    for (int64_t m = next++; m < batch; m = next++) invert_one(inverter, m, Threads::kOne);
+  });
+}
+
+std::tuple<Tensor, Tensor> damped_inverse(Tensor a, Tensor damping) {
+  Tensor inverse = torch::stable::new_empty(a, a.sizes(), accumulate_type(a.scalar_type()));
+  Tensor info = torch::stable::new_empty(damping, damping.sizes(), ScalarType::Int);
+  if (!damping.is_contiguous()) damping = torch::stable::contiguous(damping);
+  if (info.numel() != 0) {
+    with_type(a.scalar_type(), [&](auto tag) {
+      invert_all<typename decltype(tag)::type>(a, damping, inverse, info);
+    });
+  }
+  return {inverse, info};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fused_so, CPU, m) {
+  m.impl("damped_inverse", TORCH_BOX(&damped_inverse));
+}
+
+}  // namespace fused_so

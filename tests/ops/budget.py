@@ -1,0 +1,126 @@
+"""What every test of an op asks: how wrong may it be, and is it the kernel that ran."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+import fused_so
+
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+LAYOUTS = ["contiguous", "transposed", "strided", "expanded"]
+
+
+def accumulate(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def random_matrix(
+    rows: int, cols: int, dtype: torch.dtype, *, seed: int, layout: str = "contiguous"
+) -> Tensor:
+    """A random matrix whose columns have a mean, in memory as `layout` says."""
+    generator = torch.Generator().manual_seed(seed)
+    offset = torch.randn(cols, generator=generator)
+    x = (torch.randn(rows, cols, generator=generator) + offset).to(dtype)
+    if layout == "transposed":
+        return x.T.contiguous().T
+    if layout == "strided":
+        # What lies between the entries is poison.
+        room = torch.full((2 * rows, 3 * cols), torch.nan, dtype=dtype)
+        room[::2, ::3] = x
+        return room[::2, ::3]
+    if layout == "expanded":
+        return x[:1].expand(rows, cols)
+    return x
+
+
+def assert_within_budget(
+    got: Sequence[Tensor],
+    oracle: Callable[..., Sequence[Tensor]],
+    arguments: Sequence[Tensor | None],
+    orders: Callable[[Sequence[Tensor | None]], Sequence[Sequence[Tensor | None]]],
+) -> None:
+    """Each result's error against float64 is at most twice plain PyTorch's, plus eps x largest.
+
+    `oracle` in the accumulate dtype is the plain op, and in float64 the truth. `orders` gives
+    the same arguments with the summed index in other orders; the plain error is the worst of
+    these, so that a result of few entries is not held to one lucky sum. For float64 results no
+    more exact oracle exists, so the plain error is that of float32, scaled by the two eps, or
+    the oracle's own spread over the orders.
+    """
+    eps = torch.finfo(got[0].dtype).eps
+    plain_dtype = torch.float32
+    scale = eps / torch.finfo(plain_dtype).eps
+    exact = oracle(*_to(arguments, torch.float64))
+    orders = list(orders(arguments))
+    plain = [oracle(*_to(a, plain_dtype)) for a in (arguments, *orders)]
+    exacts = [oracle(*_to(a, torch.float64)) for a in orders]
+    for i, (result, truth) in enumerate(zip(got, exact, strict=True)):
+        assert result.shape == truth.shape
+        assert not result.isnan().any(), f"result {i} holds NaN"
+        if truth.numel() == 0:
+            continue
+        # Rounding the arguments of a float64 call to float32 is not the plain op's error.
+        rounded = oracle(*_to(_to(arguments, plain_dtype), torch.float64))[i]
+        plain_error = max((p[i].double() - rounded).abs().max().item() for p in plain)
+        error = (result.double() - truth).abs().max().item()
+        plain_error *= scale
+        if result.dtype == torch.float64:
+            spread = max((e[i] - truth).abs().max().item() for e in exacts)
+            plain_error = max(plain_error, spread)
+        budget = 2 * plain_error + eps * truth.abs().max().item()
+        assert error <= budget, f"result {i}: error {error:.3g}, budget {budget:.3g}"
+
+
+def _to(arguments, dtype):
+    return [a if a is None else a.to(dtype) for a in arguments]
+
+
+def row_orders(arguments):
+    """Matrices that share their rows, with the rows in three other orders."""
+    rows = arguments[0].shape[0]
+    for seed in range(3):
+        order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
+        yield [a if a is None else a[order] for a in arguments]
+
+
+needs_kernel = pytest.mark.skipif(
+    "_C" not in fused_so.LOADED_LIBRARIES, reason="the compiled library is not built"
+)
+
+
+def variants() -> list[str]:
+    """The instruction sets that the CPU kernels can be forced to use here."""
+    flags = ""
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:
+            flags = file.read()
+    names = ["portable"]
+    names += ["avx2"] if " avx2 " in flags and " fma " in flags else []
+    names += ["avx512"] if "avx512dq" in flags and "avx512vl" in flags else []
+    return names
+
+
+def run_file_with(variant: str, file: str) -> None:
+    """Runs the tests of `file` again, in a process whose kernels are those of `variant`."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file]
+    command += ["-k", "tiles or depth or beyond or blocks or random or bit"]
+    result = subprocess.run(
+        command, env={**os.environ, "FUSED_SO_CPU": variant}, capture_output=True, text=True
+    )
+    assert result.returncode == 0, f"with FUSED_SO_CPU={variant}:\n{result.stdout[-4000:]}"
+
+
+def with_threads(count: int, run: Callable):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        return run()
+    finally:
+        torch.set_num_threads(before)

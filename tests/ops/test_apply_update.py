@@ -1,0 +1,361 @@
+"""apply_update_ against torch.optim.SGD and the reference; its CUDA kernel run on the CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from fused_so import reference
+from fused_so.ops import apply_update_
+from tests.ops import budget
+
+ROOT = Path(__file__).parents[2]
+# Around a block's share on a GPU (2048), a chunk on the CPU (16384), and nothing at all.
+SHAPES = [(3, 4), (0,), (1,), (), (2047,), (2048,), (2049,), (5, 0, 2), (16384,), (130, 129)]
+RULES = [
+    {"lr": 0.1},
+    {"lr": 0.1, "weight_decay": 0.01},
+    {"lr": 0.1, "momentum": 0.9},
+    {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01},
+    {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True},
+    {"lr": 0.0, "momentum": 1.0},
+]
+# Of params and of updates.
+DTYPE_PAIRS = [
+    (torch.float64, torch.float64),
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float16),
+    (torch.float16, torch.float32),
+]
+
+
+def problem(rule, shapes=SHAPES, dtypes=(torch.float32, torch.float32)):
+    """Random params, updates and, with momentum, buffers."""
+    params = [torch.randn(shape).to(dtypes[0]) for shape in shapes]
+    updates = [torch.randn(shape).to(dtypes[1]) for shape in shapes]
+    buffers = [torch.randn(shape).to(budget.accumulate(dtypes[0])) for shape in shapes]
+    return params, updates, buffers if rule.get("momentum") else []
+
+
+def clones(*lists):
+    return [[t.clone() for t in tensors] for tensors in lists]
+
+
+def assert_agree(got, wanted):
+    """To two roundings of the dtype: a fused multiply-add rounds once where others round twice."""
+    for mine, oracle in zip(got, wanted, strict=True):
+        eps = torch.finfo(mine.dtype).eps
+        torch.testing.assert_close(mine, oracle, rtol=2 * eps, atol=2 * eps)
+
+
+@budget.needs_kernel
+def test_the_compiled_kernel_is_what_runs():
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("fused_so::apply_update_", "CPU")
+
+
+@pytest.mark.parametrize("rule", [r for r in RULES if r["lr"]], ids=str)
+def test_follows_sgd_over_several_steps(rule):
+    shapes = [(5, 7), (7,), (), (40, 30)]
+    params = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    buffers = [torch.zeros_like(p) for p in params] if rule.get("momentum") else []
+    theirs = [p.clone().requires_grad_() for p in params]
+    sgd = torch.optim.SGD(theirs, **rule)
+    for _ in range(5):
+        updates = [torch.randn_like(p) for p in params]
+        for their, update in zip(theirs, updates, strict=True):
+            their.grad = update.clone()
+        sgd.step()
+        assert apply_update_(params, updates, buffers, **rule) is None
+    for mine, their in zip(params, theirs, strict=True):
+        torch.testing.assert_close(mine, their.detach(), rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtypes", DTYPE_PAIRS, ids=str)
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("scale", [None, 0.25])
+def test_agrees_with_the_reference(rule, dtypes, scale):
+    params, updates, buffers = problem(rule, dtypes=dtypes)
+    if scale is not None:
+        scale = torch.tensor(scale, dtype=budget.accumulate(dtypes[0]))
+    wanted_params, wanted_buffers = clones(params, buffers)
+    before = clones(updates)[0]
+    reference.apply_update_(wanted_params, updates, wanted_buffers, **rule, scale=scale)
+    apply_update_(params, updates, buffers, **rule, scale=scale)
+    assert_agree(params, wanted_params)
+    assert_agree(buffers, wanted_buffers)
+    assert all(map(torch.equal, updates, before))
+
+
+def test_updates_may_have_any_strides():
+    rule = RULES[3]
+    params, _, buffers = problem(rule, [(6, 8), (10,), (3, 4, 5)])
+    updates = [torch.randn(8, 6).T, torch.randn(20)[::2], torch.randn(4, 1).expand(3, 4, 5)]
+    assert not any(u.is_contiguous() for u in updates)
+    wanted_params, wanted_buffers = clones(params, buffers)
+    apply_update_(wanted_params, [u.contiguous() for u in updates], wanted_buffers, **rule)
+    apply_update_(params, updates, buffers, **rule)
+    assert all(map(torch.equal, params, wanted_params))
+    assert all(map(torch.equal, buffers, wanted_buffers))
+
+
+def test_many_tensors_and_any_number_of_threads():
+    rule = RULES[4]
+    params, updates, buffers = problem(rule, [(n % 97, 3) for n in range(1000)] + [(300, 400)])
+    results = []
+    for count in (1, 2, 3):
+        copies = clones(params, buffers)
+        budget.with_threads(count, lambda c=copies: apply_update_(c[0], updates, c[1], **rule))
+        results.append([*copies[0], *copies[1]])
+    assert all(map(torch.equal, results[0], results[1]))
+    assert all(map(torch.equal, results[0], results[2]))
+
+
+def test_a_nan_stays_in_its_entry():
+    params, updates, buffers = problem(RULES[2], [(100,)])
+    updates[0][7] = torch.nan
+    apply_update_(params, updates, buffers, **RULES[2])
+    assert params[0].isnan().nonzero().tolist() == [[7]]
+    assert buffers[0].isnan().nonzero().tolist() == [[7]]
+
+
+def test_no_tensors_at_all():
+    apply_update_([], [], [], lr=0.1, momentum=0.9)
+
+
+@pytest.mark.parametrize("rule", [RULES[1], RULES[4]], ids=str)
+@pytest.mark.parametrize("scale", [None, 0.5])
+def test_opcheck(rule, scale):
+    params, updates, buffers = problem(rule, [(3, 4), (5,), (0,)])
+    rule = {"momentum": 0.0, "weight_decay": 0.0, "nesterov": False} | rule
+    torch.library.opcheck(
+        torch.ops.fused_so.apply_update_.default,
+        (params, updates, buffers),
+        rule | {"scale": None if scale is None else torch.tensor(scale)},
+    )
+
+
+def test_compiles_as_one_graph():
+    params, updates, buffers = problem(RULES[4], [(3, 4), (5,)])
+    wanted_params, wanted_buffers = clones(params, buffers)
+    apply_update_(wanted_params, [2 * u for u in updates], wanted_buffers, **RULES[4])
+
+    @torch.compile(fullgraph=True)
+    def step(params, updates, buffers):
+        apply_update_(params, [2 * u for u in updates], buffers, **RULES[4])
+
+    step(params, updates, buffers)
+    assert all(map(torch.equal, params, wanted_params))
+    assert all(map(torch.equal, buffers, wanted_buffers))
+
+
+def ones(*shape, **options):
+    return torch.ones(*shape, **options)
+
+
+MOMENTUM = {"lr": 0.1, "momentum": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("params", "updates", "buffers", "rule", "error", "message"),
+    [
+        ([ones(2)], [ones(2)], [], {"lr": -1.0}, ValueError, "lr must be at least 0, got -1.0"),
+        ([ones(2)], [ones(2)], [], {"lr": float("nan")}, ValueError, "lr must be.*got nan"),
+        ([ones(2)], [ones(2)], [], {"lr": "x"}, TypeError, "lr must be a number, got str"),
+        (
+            *([ones(2)], [ones(2)], [ones(2)]),
+            *({"lr": 1.0, "momentum": 1.5}, ValueError, "momentum.*at most 1, got 1.5"),
+        ),
+        (
+            *([ones(2)], [ones(2)], []),
+            *({"lr": 1.0, "weight_decay": -0.1}, ValueError, "weight_decay.*got -0.1"),
+        ),
+        ([ones(2)], [], [], {"lr": 1.0}, ValueError, "updates must hold 1 tensors.*got 0"),
+        ([ones(2)], [ones(2)], [], MOMENTUM, ValueError, "momentum_buffers must hold 1.*got 0"),
+        ([ones(2)], [ones(2)], [ones(2)], {"lr": 1.0}, ValueError, "momentum_buffers.*got 1"),
+        ([None], [ones(2)], [], {"lr": 1.0}, TypeError, r"params\[0\] must be a Tensor"),
+        (
+            *([ones(2, dtype=torch.int64)], [ones(2)], []),
+            *({"lr": 1.0}, TypeError, r"params\[0\] must be float16.*got torch.int64"),
+        ),
+        (
+            *([ones(2, dtype=torch.complex64)], [ones(2)], []),
+            *({"lr": 1.0}, TypeError, r"params\[0\] must be.*got torch.complex64"),
+        ),
+        (
+            *([ones(2), ones(2).double()], [ones(2), ones(2)], []),
+            *({"lr": 1.0}, TypeError, r"params\[1\] must have the dtype.*got torch.float64"),
+        ),
+        (
+            *([ones(2, 3).T], [ones(3, 2)], []),
+            *({"lr": 1.0}, ValueError, r"params\[0\].*contiguous, got strides \(1, 3\)"),
+        ),
+        (
+            *([ones(2), ones(2)], [ones(2), ones(3)], []),
+            *({"lr": 1.0}, ValueError, r"updates\[1\] must have shape \(2\), got \(3,\)"),
+        ),
+        (
+            *([ones(2)], [ones(2).double()], []),
+            *({"lr": 1.0}, TypeError, r"updates\[0\] must be torch.float32.*got torch.float64"),
+        ),
+        (
+            *([ones(2).bfloat16()] * 2, [ones(2).bfloat16(), ones(2)], []),
+            *({"lr": 1.0}, TypeError, r"updates\[1\] must have the dtype of updates\[0\]"),
+        ),
+        (
+            *([ones(2)], [ones(2, device="meta")], []),
+            *({"lr": 1.0}, ValueError, r"updates\[0\] must be on the device of.*got meta"),
+        ),
+        (
+            *([ones(2)], [ones(2)], [ones(3)]),
+            *(MOMENTUM, ValueError, r"momentum_buffers\[0\] must have shape \(2\), got \(3,\)"),
+        ),
+        (
+            *([ones(2).bfloat16()], [ones(2).bfloat16()], [ones(2).bfloat16()]),
+            *(MOMENTUM, TypeError, r"momentum_buffers\[0\] must be torch.float32.*got torch.bf"),
+        ),
+        (
+            *([ones(2)], [ones(2)], [ones(4)[::2]]),
+            *(MOMENTUM, ValueError, r"momentum_buffers\[0\].*contiguous, got strides \(2,\)"),
+        ),
+        (
+            *([ones(2)], [ones(2)], []),
+            *({"lr": 1.0, "scale": ones(1)}, ValueError, r"scale must have shape \(\), got \(1,"),
+        ),
+        (
+            *([ones(2)], [ones(2)], []),
+            *({"lr": 1.0, "scale": ones(()).double()}, TypeError, "scale must be torch.float32"),
+        ),
+        (
+            *([ones(2)], [ones(2)], []),
+            *({"lr": 1.0, "scale": ones((), device="meta")}, ValueError, "scale must be on the"),
+        ),
+    ],
+)
+def test_bad_arguments_change_nothing(params, updates, buffers, rule, error, message):
+    tensors = [t for t in (*params, *buffers) if t is not None]
+    before = [t.clone() for t in tensors]
+    with pytest.raises(error, match=message):
+        apply_update_(params, updates, buffers, **rule)
+    assert all(map(torch.equal, tensors, before))
+
+
+# The CUDA kernel.
+
+
+@pytest.fixture(scope="module")
+def cuda_kernel(tmp_path_factory):
+    """csrc/cuda/apply_update.cuh compiled as C++ (tests/cuda_shim), with apply_update_'s arguments.
+
+    Returns the number of launches.
+    """
+    library = tmp_path_factory.mktemp("cuda_shim") / "apply_update.so"
+    shim = ROOT / "tests" / "cuda_shim"
+    torch_headers = Path(torch.__file__).parent / "include"
+    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
+    checks = ["-fsanitize=undefined", "-fno-sanitize-recover"]
+    headers = [f"-I{shim}", f"-I{ROOT / 'csrc'}", f"-isystem{torch_headers}"]
+    files = [str(shim / "apply_update.cpp"), "-o", str(library)]
+    compiler = os.environ.get("CXX", "g++")
+    subprocess.run([compiler, *flags, *checks, *headers, *files], check=True)
+    function = ctypes.CDLL(str(library)).apply_update
+    names = {
+        torch.float16: "half",
+        torch.bfloat16: "bfloat16",
+        torch.float32: "float",
+        torch.float64: "double",
+    }
+
+    def pointers(tensors):
+        return (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors))
+
+    def run(params, updates, buffers, *, lr, scale=None, **rule):
+        used = [i for i, p in enumerate(params) if p.numel()]
+        params, updates = [params[i] for i in used], [updates[i] for i in used]
+        buffers = [buffers[i] for i in used] if buffers else []
+        dtypes = f"{names[params[0].dtype]},{names[updates[0].dtype]}"
+        numbers = (
+            lr,
+            rule.get("momentum", 0),
+            rule.get("weight_decay", 0),
+            rule.get("nesterov", 0),
+        )
+        return function(
+            dtypes.encode(),
+            ctypes.c_int64(len(params)),
+            pointers(params),
+            pointers(updates),
+            pointers(buffers) if buffers else None,
+            (ctypes.c_int64 * len(params))(*(p.numel() for p in params)),
+            (ctypes.c_double * 4)(*numbers),
+            ctypes.c_void_p(scale.data_ptr() if scale is not None else None),
+        )
+
+    return run
+
+
+@pytest.mark.parametrize("dtypes", DTYPE_PAIRS, ids=str)
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("scale", [None, 0.25])
+def test_the_cuda_kernel_agrees_with_the_reference(cuda_kernel, rule, dtypes, scale):
+    params, updates, buffers = problem(rule, dtypes=dtypes)
+    # A guard behind every tensor: nothing may be written there.
+    room = [torch.cat([p.flatten(), torch.full((300,), 7.0, dtype=p.dtype)]) for p in params]
+    params = [r[: p.numel()].view(p.shape) for r, p in zip(room, params, strict=True)]
+    if scale is not None:
+        scale = torch.tensor(scale, dtype=budget.accumulate(dtypes[0]))
+    wanted_params, wanted_buffers = clones(params, buffers)
+    reference.apply_update_(wanted_params, updates, wanted_buffers, **rule, scale=scale)
+    assert cuda_kernel(params, updates, buffers, **rule, scale=scale) == 1
+    assert_agree(params, wanted_params)
+    assert_agree(buffers, wanted_buffers)
+    assert all((r[-300:] == 7.0).all() for r in room)
+
+
+@pytest.mark.parametrize(
+    ("count", "launches"), [(1, 1), (95, 1), (96, 1), (97, 1), (768, 1), (769, 2), (2000, 3)]
+)
+def test_the_cuda_kernel_takes_many_tensors_in_one_launch(cuda_kernel, count, launches):
+    rule = RULES[4]
+    params, updates, buffers = problem(rule, [(1 + n % 7,) for n in range(count - 1)] + [(5000,)])
+    wanted_params, wanted_buffers = clones(params, buffers)
+    reference.apply_update_(wanted_params, updates, wanted_buffers, **rule)
+    assert cuda_kernel(params, updates, buffers, **rule) == launches
+    assert_agree(params, wanted_params)
+    assert_agree(buffers, wanted_buffers)
+
+
+def test_the_cuda_kernel_compiles_without_spills(tmp_path):
+    """For every architecture of setup.py: neither spills nor a stack, and at most 96 registers."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        message = "nvcc was not found on PATH"
+        if os.environ.get("FUSED_SO_CUDA") == "1":
+            pytest.fail(f"FUSED_SO_CUDA=1, but {message}")
+        pytest.skip(message)
+    headers = Path(torch.__file__).parent / "include"
+    architectures = ("80", "90", "100")
+    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
+    flags = ["-O3", "-std=c++17", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA"]
+    flags += ["-Xptxas=-v", f"-I{ROOT / 'csrc'}", f"-I{headers}", "-c"]
+    files = [str(ROOT / "csrc" / "cuda" / "apply_update.cu"), "-o", str(tmp_path / "kernel.o")]
+    compiled = subprocess.run([nvcc, *flags, *codes, *files], capture_output=True, text=True)
+    assert compiled.returncode == 0, compiled.stderr
+    usage = re.findall(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads",
+        compiled.stderr,
+    )
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", compiled.stderr)]
+    tables = 2
+    assert len(usage) == len(registers) == len(architectures) * len(DTYPE_PAIRS) * tables
+    assert set(itertools.chain(*usage)) == {"0"}, usage
+    assert max(registers) <= 96

@@ -1,0 +1,130 @@
+"""centered_grad: right for every layout and dtype, and a rank-1 correction of the gradient."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fused_so import ops, reference
+from tests.ops import budget
+
+
+def check(n, out, width, dtype, layout="contiguous", offset=0.0):
+    g = budget.random_matrix(n, out, dtype, seed=1, layout=layout)
+    h = budget.random_matrix(n, width, dtype, seed=2, layout=layout) + offset
+    got = ops.centered_grad(g, h)
+    budget.assert_within_budget(got, reference.centered_grad, [g, h], budget.row_orders)
+
+
+@pytest.mark.parametrize("dtype", budget.DTYPES)
+@pytest.mark.parametrize("layout", budget.LAYOUTS)
+@pytest.mark.parametrize(
+    ("n", "out", "width"),
+    [(1, 1, 1), (3, 2, 5), (33, 14, 32), (300, 65, 130), (4096, 64, 64), (20, 300, 300)],
+)
+def test_budget_of_dtypes_and_layouts(n, out, width, layout, dtype):
+    check(n, out, width, dtype, layout)
+
+
+@pytest.mark.parametrize("out", [1, 2, 5, 6, 7, 13, 14, 15, 27, 28, 29])
+@pytest.mark.parametrize("width", [1, 4, 7, 8, 9, 15, 16, 17, 31, 32, 33])
+def test_budget_around_the_tiles(out, width):
+    check(50, out, width, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [0, 1, 255, 256, 257, 383, 384, 385, 511, 512, 513, 769, 1500])
+@pytest.mark.parametrize("out", [10, 300])
+def test_budget_around_the_blocks_of_depth(n, out, dtype):
+    check(n, out, 300, dtype)
+
+
+@pytest.mark.parametrize(("out", "width"), [(2060, 40), (40, 2060)])
+def test_budget_beyond_one_block(out, width):
+    check(30, out, width, torch.float32)
+
+
+def test_budget_with_a_mean_far_from_zero():
+    check(500, 20, 30, torch.float32, offset=1000.0)
+
+
+@settings(max_examples=60, derandomize=True, deadline=None)
+@given(
+    n=st.integers(0, 900),
+    out=st.integers(1, 90),
+    width=st.integers(1, 90),
+    dtype=st.sampled_from(budget.DTYPES),
+    layout=st.sampled_from(budget.LAYOUTS),
+)
+def test_budget_of_random_shapes(n, out, width, dtype, layout):
+    check(n, out, width, dtype, layout if n else "contiguous")
+
+
+def test_no_rows_give_zeros():
+    weight, bias, mean = ops.centered_grad(torch.empty(0, 3), torch.empty(0, 2))
+    assert torch.equal(weight, torch.zeros(3, 2))
+    assert torch.equal(bias, torch.zeros(3))
+    assert torch.equal(mean, torch.zeros(2))
+
+
+def test_centering_is_a_rank_one_correction_of_autograd():
+    # DESIGN 3.1: sum_i g_i (h_i - m)^T = grad_weight - grad_bias m^T.
+    h = budget.random_matrix(40, 7, torch.float64, seed=0)
+    layer = torch.nn.Linear(7, 5, dtype=torch.float64)
+    output = layer(h)
+    loss = output.tanh().square().sum()
+    (g,) = torch.autograd.grad(loss, output, retain_graph=True)
+    loss.backward()
+    weight, bias, mean = ops.centered_grad(g, h)
+    expected = layer.weight.grad - torch.outer(layer.bias.grad, mean)
+    torch.testing.assert_close(weight, expected, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(bias, layer.bias.grad, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize(("n", "out", "width"), [(4096, 64, 64), (300, 300, 400), (700, 3, 900)])
+def test_threads_do_not_change_a_bit(n, out, width):
+    g = budget.random_matrix(n, out, torch.float32, seed=0)
+    h = budget.random_matrix(n, width, torch.float32, seed=1)
+    one, two = (budget.with_threads(count, lambda: ops.centered_grad(g, h)) for count in (1, 2))
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+@budget.needs_kernel
+@pytest.mark.parametrize("variant", budget.variants())
+@pytest.mark.skipif("FUSED_SO_CPU" in os.environ, reason="this is such a process")
+def test_every_instruction_set(variant):
+    budget.run_file_with(variant, __file__)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(dtype):
+    g = budget.random_matrix(7, 5, dtype, seed=0)
+    h = budget.random_matrix(7, 3, dtype, seed=0)
+    torch.library.opcheck(torch.ops.fused_so.centered_grad.default, (g, h))
+
+
+def test_compile_fullgraph():
+    g = budget.random_matrix(7, 5, torch.float32, seed=0)
+    h = budget.random_matrix(7, 3, torch.float32, seed=1)
+    got = torch.compile(lambda g, h: ops.centered_grad(g, h), fullgraph=True)(g, h)
+    assert all(torch.equal(a, b) for a, b in zip(got, ops.centered_grad(g, h), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"g": None}, TypeError, "g must be a Tensor, got NoneType"),
+        ({"g": torch.ones(6)}, ValueError, r"g must have shape \(n, out\), got \(6,\)"),
+        ({"h": torch.ones(6)}, ValueError, r"h must have shape \(6, in\), got \(6,\)"),
+        ({"h": torch.ones(5, 3)}, ValueError, r"h must have shape \(6, in\), got \(5, 3\)"),
+        ({"h": torch.ones(6, 3).int()}, TypeError, "h must be float16.*got torch.int32"),
+        ({"g": torch.ones(6, 2).cfloat()}, TypeError, "g must be float16.*got torch.complex64"),
+        ({"h": torch.ones(6, 3).double()}, TypeError, "h must have the dtype of g, torch.float32"),
+        ({"h": torch.ones(6, 3, device="meta")}, ValueError, "h must be on the device of g, cpu"),
+    ],
+)
+def test_bad_input(change, error, message):
+    with pytest.raises(error, match=message):
+        ops.centered_grad(**{"g": torch.ones(6, 2), "h": torch.ones(6, 3)} | change)
