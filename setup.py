@@ -85,8 +85,8 @@ NVCC = find_nvcc()
 CUDA_SOURCES = sorted(glob("csrc/cuda/*.cu"))
 extensions = [extension("_C", sorted(glob("csrc/cpu/*.cpp")))]
 if NVCC:
-    cuda = ["cudart_static", "rt", "pthread", "dl", "torch_cuda"]
-    keep = ["-Wl,--no-as-needed"]
+    cuda = ["cudart_static", "rt", "pthread", "dl"]
+    keep = ["-Wl,--no-as-needed,-ltorch_cuda"]  # after the flag: only then is it kept
     extensions.append(extension("_C_cuda", [], libraries=cuda, extra_link_args=keep))
 
 setup(

@@ -10,8 +10,8 @@
 // does not depend on the number of threads: output tiles are shared out, and where k is split,
 // the parts depend on the shape alone and are added in order.
 //
-// 2 m n k operations (half for a symmetric product). Each block of depth 384 moves C once and
-// each packed panel from the L2 cache once a tile; scratch is at most 5 MiB a calling thread.
+// 2 m n k operations (half for a symmetric product). Each block of depth 384 moves C once.
+// Scratch: at most 4 MiB for A, and 192 KiB a thread for B.
 #pragma once
 
 #include <cstdint>
@@ -36,8 +36,9 @@ struct RankOne {
 
 namespace gemm_detail {
 
-constexpr int64_t kScratchBytes = 5 << 20;
-constexpr int64_t kL2Bytes = 512 << 10;  // what the B panels of one task may take
+constexpr int64_t kScratchBytes = 4 << 20;
+constexpr int64_t kGroupBytes = 192 << 10;  // the B panels of one task: they stay in L2
+constexpr int64_t kRowsAtOnce = 8;          // panels of A between two calls of finish
 constexpr int64_t kMaxParts = 16;
 constexpr int64_t kSmallProduct = 1 << 20;  // about 20 microseconds on one core
 
@@ -144,91 +145,101 @@ struct NoFinish {
   void operator()(int64_t, int64_t, int64_t, int64_t) const {}
 };
 
-// C = beta C + alpha A B over whole panels, with `scratch` for both blocks' panels;
-// finish(row, col, rows, cols) is called once for each part of C, when it is complete.
-template <class T, class SA, class SB, class Finish = NoFinish>
-void multiply(T alpha, const Matrix<SA>& a, const Matrix<SB>& b, T beta, const Target<T>& target,
-              Threads threads, T* scratch, int64_t max_rows, int64_t max_cols,
-              const Finish& finish = {}) {
-  const Microkernel<T>& kernel = microkernel<T>();
-  const Matrix<SB> bt = b.transposed();
-  const int64_t m = a.rows, n = b.cols, k = a.cols;
-  const int64_t depth_step = even_part(k, kDepth<T>, 16);
-  const int64_t row_step = even_part(m, max_rows, kernel.mr);
-  const int64_t col_step = even_part(n, max_cols, kernel.nr);
-  T* const a_panels = scratch;
-  T* const b_panels = scratch + row_step / kernel.mr * kernel.a_width * depth_step;
-
-  for (int64_t col = 0; col < n; col += col_step) {
-    const int64_t cols = std::min(col_step, n - col);
-    for (int64_t row = 0; row < m; row += row_step) {
-      const int64_t rows = std::min(row_step, m - row);
-      const Target<T> block = target.block(row, col);
-      if (block.wanted(rows - 1, cols) == 0) continue;
-      // k = 0 still scales C.
-      for (int64_t depth = 0; depth == 0 || depth < k; depth += depth_step) {
-        const int64_t steps = std::min(depth_step, k - depth);
-        const bool last = depth + steps == k;
-        const Matrix<SA> a_block = a.block(row, depth, rows, steps);
-        const Matrix<SB> b_block = bt.block(col, depth, cols, steps);
-
-        const int64_t a_count = divide_up(rows, kernel.mr), b_count = divide_up(cols, kernel.nr);
-        for_each_task(a_count + b_count, threads, [&](int64_t i) {
-          if (i < b_count) {
-            pack<T, SB>(readers<T, SB>(kernel).pack_b, b_block, i * kernel.nr,
-                        b_panels + i * kernel.b_width * steps);
-          } else {
-            i -= b_count;
-            pack<T, SA>(readers<T, SA>(kernel).pack_a, a_block, i * kernel.mr,
-                        a_panels + i * kernel.a_width * steps);
-          }
-        });
-
-        // A task's B panels stay in the L2 cache while panels of A pass through L1.
-        const int64_t b_bytes = kernel.b_width * std::max<int64_t>(1, steps) * sizeof(T);
-        const int64_t task_cols =
-            even_part(cols, std::max<int64_t>(1, kL2Bytes / b_bytes) * kernel.nr, kernel.nr);
-        const int64_t task_rows = kernel.mr * (rows * cols > (1 << 18) ? 4 : 1);
-        const int64_t row_tasks = divide_up(rows, task_rows);
-        const T scale = depth == 0 ? beta : T(1);
-        for_each_task(row_tasks * divide_up(cols, task_cols), threads, [&](int64_t i) {
-          const int64_t r = i % row_tasks * task_rows, c = i / row_tasks * task_cols;
-          const int64_t part_rows = std::min(task_rows, rows - r);
-          const int64_t part_cols = std::min(task_cols, cols - c);
-          const Target<T> part = block.block(r, c);
-          if (part.wanted(part_rows - 1, part_cols) == 0) return;
-          multiply_panels(kernel, steps, a_panels + r / kernel.mr * kernel.a_width * steps,
-                          b_panels + c / kernel.nr * kernel.b_width * steps, alpha, scale, part,
-                          part_rows, part_cols);
-          if (last) finish(row + r, col + c, part_rows, part_cols);
-        });
-        if (k == 0) break;
-      }
-    }
-  }
-}
-
-// Elements of scratch for `multiply`, for at most `max_rows` and `max_cols` at a time.
-template <class T>
-int64_t scratch_size(int64_t m, int64_t n, int64_t k, int64_t max_rows, int64_t max_cols) {
-  const Microkernel<T>& kernel = microkernel<T>();
-  const int64_t depth = even_part(k, kDepth<T>, 16);
-  return depth * (even_part(m, max_rows, kernel.mr) / kernel.mr * kernel.a_width +
-                  even_part(n, max_cols, kernel.nr) / kernel.nr * kernel.b_width);
-}
-
 // Scratch of the calling thread; different slots may be in use at once.
-template <class T, int Slot = 0>
+enum Slot { kPanelsOfA, kPanelsOfB, kPartials };
+template <class T, Slot>
 T* thread_scratch(int64_t count) {
   thread_local Scratch scratch;
   return scratch.get<T>(count);
 }
 
+// How many rows of A are packed at a time.
+template <class T>
+int64_t row_step(const Microkernel<T>& kernel, int64_t rows) {
+  const int64_t panel_bytes = kDepth<T> * kernel.a_width * static_cast<int64_t>(sizeof(T));
+  return even_part(rows, kScratchBytes / panel_bytes * kernel.mr, kernel.mr);
+}
+
+template <class T>
+int64_t depth_step(int64_t k) {
+  return even_part(k, kDepth<T>, 16);
+}
+
+// How many columns a task takes: few enough for every thread to get some tasks.
+template <class T>
+int64_t group_cols(const Microkernel<T>& kernel, int64_t cols, Threads threads) {
+  const int64_t panel_bytes = kDepth<T> * kernel.b_width * static_cast<int64_t>(sizeof(T));
+  const int64_t workers = threads == Threads::kOne ? 1 : torch::stable::get_num_threads();
+  const int64_t share = workers == 1 ? cols : divide_up(cols, 4 * workers);
+  const int64_t panels = std::clamp<int64_t>(share / kernel.nr, 1, kGroupBytes / panel_bytes);
+  return panels * kernel.nr;
+}
+
+// C = beta C + alpha A B over whole panels: A's are packed first, for all; then each task packs a
+// few of B's and multiplies. finish(row, col, rows, cols) is called once for each part of C, when
+// it is complete.
+template <class T, class SA, class SB, class Finish = NoFinish>
+void multiply(T alpha, const Matrix<SA>& a, const Matrix<SB>& b, T beta, const Target<T>& target,
+              Threads threads, const Finish& finish = {}) {
+  const Microkernel<T>& kernel = microkernel<T>();
+  const Matrix<SB> bt = b.transposed();
+  const int64_t m = a.rows, n = b.cols, k = a.cols;
+  const int64_t depth_limit = depth_step<T>(k), row_limit = row_step(kernel, m);
+  const int64_t group = group_cols(kernel, n, threads);
+  const int64_t groups = divide_up(n, group);
+  T* const a_panels =
+      thread_scratch<T, kPanelsOfA>(row_limit / kernel.mr * kernel.a_width * depth_limit);
+
+  for (int64_t row = 0; row < m; row += row_limit) {
+    const int64_t rows = std::min(row_limit, m - row);
+    const int64_t a_count = divide_up(rows, kernel.mr);
+    // Few groups of columns: their rows are shared out too.
+    const int64_t workers = threads == Threads::kOne ? 1 : torch::stable::get_num_threads();
+    const int64_t splits =
+        workers == 1 ? 1 : std::clamp<int64_t>(divide_up(2 * workers, groups), 1, a_count);
+    const int64_t task_rows = divide_up(a_count, splits) * kernel.mr;
+    // k = 0 still scales C.
+    for (int64_t depth = 0; depth == 0 || depth < k; depth += depth_limit) {
+      const int64_t steps = std::min(depth_limit, k - depth);
+      const bool last = depth + steps == k;
+      const Matrix<SA> a_block = a.block(row, depth, rows, steps);
+      for_each_task(a_count, threads, [&](int64_t i) {
+        pack<T, SA>(readers<T, SA>(kernel).pack_a, a_block, i * kernel.mr,
+                    a_panels + i * kernel.a_width * steps);
+      });
+
+      const T scale = depth == 0 ? beta : T(1);
+      for_each_task(groups * splits, threads, [&](int64_t task) {
+        const int64_t col = task / splits * group, cols = std::min(group, n - col);
+        const int64_t first = task % splits * task_rows;
+        const int64_t end = std::min(rows, first + task_rows);
+        if (first >= end || target.block(row, col).wanted(end - 1, cols) == 0) return;
+        const Matrix<SB> b_block = bt.block(col, depth, cols, steps);
+        T* const b_panels =
+            thread_scratch<T, kPanelsOfB>(group / kernel.nr * kernel.b_width * depth_limit);
+        for (int64_t j = 0; j < divide_up(cols, kernel.nr); ++j) {
+          pack<T, SB>(readers<T, SB>(kernel).pack_b, b_block, j * kernel.nr,
+                      b_panels + j * kernel.b_width * steps);
+        }
+        for (int64_t r = first; r < end; r += kRowsAtOnce * kernel.mr) {
+          const int64_t part_rows = std::min(kRowsAtOnce * kernel.mr, end - r);
+          const Target<T> part = target.block(row + r, col);
+          if (part.wanted(part_rows - 1, cols) == 0) continue;
+          multiply_panels(kernel, steps, a_panels + r / kernel.mr * kernel.a_width * steps,
+                          b_panels, alpha, scale, part, part_rows, cols);
+          if (last) finish(row + r, col, part_rows, cols);
+        }
+      });
+      if (k == 0) break;
+    }
+  }
+}
+
 // How many parts k is cut into: several only when C is too small to keep the threads busy.
 template <class T>
-int64_t count_parts(int64_t m, int64_t n, int64_t k, int64_t part_elements) {
+int64_t count_parts(int64_t m, int64_t n, int64_t k) {
   if (m * n > 256 * 256 || m * n == 0) return 1;
-  const int64_t fit = kScratchBytes / static_cast<int64_t>(sizeof(T)) / part_elements;
+  const int64_t fit = kScratchBytes / static_cast<int64_t>(sizeof(T)) / (m * n);
   return std::max<int64_t>(1, std::min({kMaxParts, k / 256, fit}));
 }
 
@@ -239,28 +250,18 @@ void run(T alpha, const Matrix<SA>& a, const Matrix<SB>& b, T beta, const Target
   if (m == 0 || n == 0) return;
   // Waking the threads costs more than a small product.
   if (m * n * k < kSmallProduct) threads = Threads::kOne;
-  const Microkernel<T>& kernel = microkernel<T>();
-  const int64_t half = kScratchBytes / 2 / static_cast<int64_t>(sizeof(T)) / kDepth<T>;
-  const int64_t max_rows = half / kernel.a_width * kernel.mr;
-  const int64_t max_cols = half / kernel.b_width * kernel.nr;
-  const int64_t panels = scratch_size<T>(m, n, kDepth<T>, max_rows, max_cols);
-  const int64_t parts =
-      threads == Threads::kOne ? 1 : count_parts<T>(m, n, k, panels + divide_up(m * n, 16) * 16);
-  if (parts == 1) {
-    T* scratch = thread_scratch<T>(scratch_size<T>(m, n, k, max_rows, max_cols));
-    multiply(alpha, a, b, beta, target, threads, scratch, max_rows, max_cols, finish);
-    return;
-  }
+  const int64_t parts = threads == Threads::kOne ? 1 : count_parts<T>(m, n, k);
+  if (parts == 1) return multiply(alpha, a, b, beta, target, threads, finish);
 
   const int64_t stride = divide_up(m * n, 16) * 16;
-  T* const partials = thread_scratch<T, 1>(parts * stride);
+  T* const partials = thread_scratch<T, kPartials>(parts * stride);
   const int64_t part_depth = divide_up(k, parts);
   for_each_task(parts, threads, [&](int64_t p) {
     const int64_t first = std::min(k, p * part_depth);
     const int64_t depth = std::min(part_depth, k - first);
     const Target<T> partial{partials + p * stride, n, target.lower, target.diagonal};
     multiply(T(1), a.block(0, first, m, depth), b.block(first, 0, depth, n), T(0), partial,
-             Threads::kOne, thread_scratch<T>(panels), max_rows, max_cols);
+             Threads::kOne);
   });
   // C = beta C + alpha (C_1 + C_2 + ...), in this order.
   for_each_task(divide_up(m, 16), m * n > (1 << 12) ? threads : Threads::kOne, [&](int64_t task) {

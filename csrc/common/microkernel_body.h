@@ -1,6 +1,7 @@
 // The body of the microkernel_*.cpp files, written in GCC's vector extensions: each of them sets
 // its target first and instantiates this with its own vector and tile sizes. Everything here has
-// internal linkage, and no standard header is included.
+// internal linkage, no standard header is included, and there are no lambdas: GCC does not give
+// them the target of the file.
 #pragma once
 
 #include "common/microkernel.h"
@@ -149,67 +150,131 @@ void transpose(Vector<T, V> (&rows)[V]) {
   }
 }
 
-// One vector's worth of lanes of a panel.
-template <class T, int V, int Width, class S>
-void pack_lanes(const S* source, int64_t lane_stride, int64_t depth_stride, int64_t lanes,
-                int64_t depth, const T* u, const T* v, T* panel) {
-  using Lanes = Vector<T, V>;
-  const bool subtract = u != nullptr || v != nullptr;
-  // Lanes beyond the last one are zero, with or without a subtrahend.
-  Lanes u_lanes = {};
-  for (int i = 0; i < lanes && i < V; ++i) u_lanes[i] = u != nullptr ? u[i] : T(1);
-  const auto finish = [&](Lanes x, int64_t p) {
-    if (subtract) x -= u_lanes * (v != nullptr ? v[p] : T(1));
-    store<T, V>(panel + p * Width, x);
-  };
+// Sources are read in long strides, which the hardware does not foresee: this many slices ahead.
+constexpr int64_t kSlicesAhead = 12;
 
-  if (lane_stride == 1 && lanes >= V) {
-    for (int64_t p = 0; p < depth; ++p) finish(load<T, V>(source + p * depth_stride), p);
-  } else if (lane_stride == 1) {
-    using Index = Vector<typename Integer<sizeof(T)>::Type, V>;
-    Index lane = {};
-    for (int i = 0; i < V; ++i) lane[i] = i;
-    const Index present = lane < (typename Integer<sizeof(T)>::Type)lanes;
-    // A whole vector may be read as long as it ends before the matrix does.
-    const int64_t last = (depth - 1) * depth_stride + lanes - V;
-    for (int64_t p = 0; p < depth; ++p) {
-      const S* from = source + p * depth_stride;
-      if (depth_stride > 0 && p * depth_stride <= last) {
-        finish((Lanes)((Index)load<T, V>(from) & present), p);
+// Writes x - u v[p] at slice p of a panel.
+template <class T, int V, int Width>
+struct PanelWriter {
+  Vector<T, V> u[Width / V];
+  const T* v;
+  bool subtract;
+  T* panel;
+
+  PanelWriter(const T* u_values, const T* v_values, int64_t lanes, T* to)
+      : v(v_values), subtract(u_values != nullptr || v_values != nullptr), panel(to) {
+    // Lanes beyond the last one are zero, with or without a subtrahend.
+    for (int block = 0; block < Width / V; ++block) {
+      u[block] = Vector<T, V>{};
+      for (int i = 0; i < V && block * V + i < lanes; ++i) {
+        u[block][i] = u_values != nullptr ? u_values[block * V + i] : T(1);
+      }
+    }
+  }
+
+  template <bool Subtract>
+  void write(Vector<T, V> x, int block, int64_t p) const {
+    if constexpr (Subtract) x -= u[block] * (v != nullptr ? v[p] : T(1));
+    store<T, V>(panel + p * Width + block * V, x);
+  }
+};
+
+// The lanes of a slice are neighbours in memory: slices are copied.
+template <bool Subtract, class T, int V, int Width, class S>
+void copy_slices(const S* source, int64_t depth_stride, int64_t lanes, int64_t depth,
+                 const PanelWriter<T, V, Width>& writer) {
+  using Index = Vector<typename Integer<sizeof(T)>::Type, V>;
+  Index lane = {};
+  for (int i = 0; i < V; ++i) lane[i] = i;
+  // A whole slice may be read as long as it ends before the matrix does.
+  const int64_t last = (depth - 1) * depth_stride + lanes - Width;
+  for (int64_t p = 0; p < depth; ++p) {
+    const S* from = source + p * depth_stride;
+    __builtin_prefetch(from + kSlicesAhead * depth_stride);
+    if (Width * sizeof(S) > 64) __builtin_prefetch(from + kSlicesAhead * depth_stride + Width / 2);
+    const bool whole = lanes >= Width || (depth_stride > 0 && p * depth_stride <= last);
+#pragma GCC unroll 4
+    for (int block = 0; block < Width / V; ++block) {
+      const int64_t present = lanes - block * V;
+      Vector<T, V> x = {};
+      if (whole) {
+        x = load<T, V>(from + block * V);
+      } else if (present > 0) {
+        x = load_some<T, V>(from + block * V, present);
+      }
+      if (lanes < Width) {
+        x = (Vector<T, V>)((Index)x & (lane < (typename Integer<sizeof(T)>::Type)present));
+      }
+      writer.template write<Subtract>(x, block, p);
+    }
+  }
+}
+
+// The entries of a lane are neighbours in memory: V x V blocks are turned over.
+template <bool Subtract, class T, int V, int Width, class S>
+void transpose_lanes(const S* source, int64_t lane_stride, int64_t lanes, int64_t depth,
+                     const PanelWriter<T, V, Width>& writer) {
+  for (int64_t p = 0; p < depth; p += V) {
+    for (int block = 0; block < Width / V; ++block) {
+      const S* from = source + block * V * lane_stride + p;
+      const int64_t present = lanes - block * V, slices = depth - p;
+      Vector<T, V> rows[V] = {};
+      if (present >= V && slices >= V) {
+#pragma GCC unroll 16
+        for (int i = 0; i < V; ++i) {
+          rows[i] = load<T, V>(from + i * lane_stride);
+          __builtin_prefetch(from + i * lane_stride + 4 * V);
+        }
       } else {
-        finish(load_some<T, V>(from, lanes), p);
+#pragma GCC unroll 16
+        for (int i = 0; i < V; ++i) {
+          if (i < present) rows[i] = load_some<T, V>(from + i * lane_stride, slices);
+        }
+      }
+      transpose<T, V>(rows);
+#pragma GCC unroll 16
+      for (int i = 0; i < V; ++i) {
+        if (i < slices) writer.template write<Subtract>(rows[i], block, p + i);
       }
     }
+  }
+}
+
+template <bool Subtract, class T, int V, int Width, class S>
+void gather_slices(const S* source, int64_t lane_stride, int64_t depth_stride, int64_t lanes,
+                   int64_t depth, const PanelWriter<T, V, Width>& writer) {
+  for (int64_t p = 0; p < depth; ++p) {
+    for (int block = 0; block < Width / V; ++block) {
+      Vector<T, V> x = {};
+      for (int i = 0; i < V && block * V + i < lanes; ++i) {
+        const S* from = source + (block * V + i) * lane_stride + p * depth_stride;
+        x[i] = load_some<T, V>(from, 1)[0];
+      }
+      writer.template write<Subtract>(x, block, p);
+    }
+  }
+}
+
+template <bool Subtract, class T, int V, int Width, class S>
+void pack_with(const S* source, int64_t lane_stride, int64_t depth_stride, int64_t lanes,
+               int64_t depth, const PanelWriter<T, V, Width>& writer) {
+  if (lane_stride == 1) {
+    copy_slices<Subtract>(source, depth_stride, lanes, depth, writer);
   } else if (depth_stride == 1) {
-    for (int64_t p = 0; p < depth; p += V) {
-      Lanes block[V] = {};
-#pragma GCC unroll 16
-      for (int i = 0; i < V; ++i) {
-        if (i < lanes) block[i] = load_some<T, V>(source + i * lane_stride + p, depth - p);
-      }
-      transpose<T, V>(block);
-#pragma GCC unroll 16
-      for (int i = 0; i < V; ++i) {
-        if (p + i < depth) finish(block[i], p + i);
-      }
-    }
+    transpose_lanes<Subtract>(source, lane_stride, lanes, depth, writer);
   } else {
-    for (int64_t p = 0; p < depth; ++p) {
-      Lanes gathered = {};
-      for (int i = 0; i < V && i < lanes; ++i) {
-        gathered[i] = load_some<T, V>(source + i * lane_stride + p * depth_stride, 1)[0];
-      }
-      finish(gathered, p);
-    }
+    gather_slices<Subtract>(source, lane_stride, depth_stride, lanes, depth, writer);
   }
 }
 
 template <class T, int V, int Width, class S>
 void pack_panel(const S* source, int64_t lane_stride, int64_t depth_stride, int64_t lanes,
                 int64_t depth, const T* u, const T* v, T* panel) {
-  for (int first = 0; first < Width; first += V) {
-    pack_lanes<T, V, Width>(source + first * lane_stride, lane_stride, depth_stride, lanes - first,
-                            depth, u == nullptr ? u : u + first, v, panel + first);
+  const PanelWriter<T, V, Width> writer(u, v, lanes, panel);
+  if (writer.subtract) {
+    pack_with<true>(source, lane_stride, depth_stride, lanes, depth, writer);
+  } else {
+    pack_with<false>(source, lane_stride, depth_stride, lanes, depth, writer);
   }
 }
 
@@ -219,48 +284,66 @@ Vector<double, V> load_doubles(const S* from, int64_t count) {
   return __builtin_convertvector(load_some<T, V>(from, count), Vector<double, V>);
 }
 
+// Columns that are neighbours, four vectors of them at a time.
+template <bool Squares, class T, int V, class S>
+void sum_neighbours(const S* source, int64_t row_stride, int64_t rows, int64_t cols, double* sums,
+                    double* squares) {
+  constexpr int kVectors = 4;
+  for (int64_t j = 0; j < cols; j += kVectors * V) {
+    Vector<double, V> sum[kVectors] = {}, square[kVectors] = {};
+    for (int64_t i = 0; i < rows; ++i) {
+      const S* from = source + i * row_stride + j;
+      __builtin_prefetch(from + kSlicesAhead * row_stride);
+#pragma GCC unroll 4
+      for (int b = 0; b < kVectors; ++b) {
+        const int64_t count = cols - j - b * V;
+        if (count <= 0) break;
+        const Vector<double, V> x = load_doubles<T, V>(from + b * V, count);
+        sum[b] += x;
+        if constexpr (Squares) square[b] += x * x;
+      }
+    }
+    for (int64_t l = 0; l < kVectors * V && j + l < cols; ++l) {
+      sums[j + l] += sum[l / V][l % V];
+      if constexpr (Squares) squares[j + l] += square[l / V][l % V];
+    }
+  }
+}
+
+template <bool Squares, class T, int V, class S>
+void sum_any(const S* source, int64_t row_stride, int64_t col_stride, int64_t rows, int64_t cols,
+             double* sums, double* squares) {
+  if (col_stride == 1) {
+    return sum_neighbours<Squares, T, V>(source, row_stride, rows, cols, sums, squares);
+  }
+  for (int64_t j = 0; j < cols; ++j) {
+    Vector<double, V> sum = {}, square = {};
+    for (int64_t i = 0; i < rows; i += V) {
+      const S* from = source + i * row_stride + j * col_stride;
+      Vector<double, V> x = {};
+      if (row_stride == 1) {
+        x = load_doubles<T, V>(from, rows - i);
+      } else {
+        for (int l = 0; l < V && i + l < rows; ++l)
+          x[l] = load_some<T, V>(from + l * row_stride, 1)[0];
+      }
+      sum += x;
+      if constexpr (Squares) square += x * x;
+    }
+    for (int l = 0; l < V; ++l) {
+      sums[j] += sum[l];
+      if constexpr (Squares) squares[j] += square[l];
+    }
+  }
+}
+
 template <class T, int V, class S>
 void sum_columns(const S* source, int64_t row_stride, int64_t col_stride, int64_t rows,
                  int64_t cols, double* sums, double* squares) {
-  using Lanes = Vector<double, V>;
-  if (row_stride == 1) {
-    for (int64_t j = 0; j < cols; ++j) {
-      Lanes sum = {}, square = {};
-      for (int64_t p = 0; p < rows; p += V) {
-        const Lanes x = load_doubles<T, V>(source + j * col_stride + p, rows - p);
-        sum += x;
-        square += x * x;
-      }
-      for (int i = 0; i < V; ++i) {
-        sums[j] += sum[i];
-        if (squares != nullptr) squares[j] += square[i];
-      }
-    }
-    return;
-  }
-  // Eight rows at a time, so that the sums move an eighth as often.
-  for (int64_t p = 0; p < rows; p += 8) {
-    for (int64_t j = 0; j < cols; j += V) {
-      const int64_t lanes = cols - j;
-      Lanes sum = {}, square = {};
-      for (int64_t i = p; i < p + 8 && i < rows; ++i) {
-        Lanes x = {};
-        const S* from = source + i * row_stride + j * col_stride;
-        if (col_stride == 1) {
-          x = load_doubles<T, V>(from, lanes);
-        } else {
-          for (int l = 0; l < V && l < lanes; ++l) {
-            x[l] = load_some<T, V>(from + l * col_stride, 1)[0];
-          }
-        }
-        sum += x;
-        square += x * x;
-      }
-      for (int l = 0; l < V && l < lanes; ++l) {
-        sums[j + l] += sum[l];
-        if (squares != nullptr) squares[j + l] += square[l];
-      }
-    }
+  if (squares != nullptr) {
+    sum_any<true, T, V>(source, row_stride, col_stride, rows, cols, sums, squares);
+  } else {
+    sum_any<false, T, V>(source, row_stride, col_stride, rows, cols, sums, squares);
   }
 }
 

@@ -1,5 +1,6 @@
-// The Kronecker-factored step: the rank-1 correction is made while the gradient is packed, and
-// the scale 1/alpha where the product is written.
+// The Kronecker-factored step: one pass makes the rank-1 correction, the conversion and the scale
+// 1/alpha: while small products pack their operand, and before BLAS reads it for large ones
+// (measured on 2 cores with AVX-512: MKL is 1.1 times as fast as gemm.h there).
 // 2 out in (in + out) operations for both sides; bound by arithmetic, but for the pass that
 // takes dW m, of out in entries.
 #include <torch/csrc/stable/library.h>
@@ -11,12 +12,13 @@
 #include <tuple>
 #include <vector>
 
+#include "common/blas.h"
 #include "common/gemm.h"
 
 namespace fused_so {
 namespace {
 
-constexpr int64_t kBetweenBytes = 2 << 20;
+constexpr int64_t kBetweenBytes = 4 << 20;
 
 template <class T, class S>
 std::vector<T> to_vector(const Tensor& t) {
@@ -44,37 +46,55 @@ double dot(const T* x, int64_t stride, const T* y, int64_t size) {
   return sum;
 }
 
-// Y = scale (X - u v^T).
+// Rows of dW = scale (X - u v^T) A, a few at a time, so that what BLAS reads stays small.
 template <class S, class T = Accumulate<S>>
-void scaled_copy(T scale, const Matrix<S>& x, T* y) {
-  for_each_task(
-      x.rows, x.rows * x.cols > (1 << 14) ? Threads::kAll : Threads::kOne, [&](int64_t i) {
-        const S* from = x.data + i * x.row_stride;
-        for (int64_t j = 0; j < x.cols; ++j) {
-          y[i * x.cols + j] = scale * (static_cast<T>(from[j * x.col_stride]) - x.u[i] * x.v[j]);
-        }
-      });
+void multiply_right(T scale, const Matrix<S>& x, const Tensor& a, Tensor dw) {
+  const int64_t in = x.cols;
+  const int64_t fit = kBetweenBytes / static_cast<int64_t>(sizeof(T)) / in;
+  const int64_t step = gemm_detail::even_part(x.rows, std::max<int64_t>(64, fit), 1);
+  Tensor between = torch::stable::new_empty(dw, {step, in});
+  for (int64_t row = 0; row < x.rows; row += step) {
+    const int64_t rows = std::min(step, x.rows - row);
+    scaled_copy(scale, x.block(row, 0, rows, in), write<T>(between));
+    blas_product(torch::stable::narrow(between, 0, 0, rows), a,
+                 torch::stable::narrow(dw, 0, row, rows));
+  }
 }
 
-// dW = scale Go X A; a missing factor is the identity.
+// Columns of dW = scale Go (X - u v^T), a few at a time; X may be dW itself.
+template <class S, class T = Accumulate<S>>
+void multiply_left(T scale, const Tensor& go, const Matrix<S>& x, Tensor dw) {
+  const int64_t out = x.rows;
+  const int64_t fit = kBetweenBytes / static_cast<int64_t>(sizeof(T)) / out;
+  const int64_t step = gemm_detail::even_part(x.cols, std::max<int64_t>(64, fit / 16 * 16), 16);
+  Tensor storage = torch::stable::new_empty(dw, {out * step});
+  for (int64_t col = 0; col < x.cols; col += step) {
+    const int64_t cols = std::min(step, x.cols - col);
+    Tensor between = torch::stable::view(torch::stable::narrow(storage, 0, 0, out * cols),
+                                         std::vector<int64_t>{out, cols});
+    scaled_copy(scale, x.block(0, col, out, cols), write<T>(between));
+    blas_product(go, between, torch::stable::narrow(dw, 1, col, cols));
+  }
+}
+
+// dW = scale Go (X - u v^T) A; a missing factor is the identity.
 template <class S, class T = Accumulate<S>>
 void multiply_both_sides(T scale, const Matrix<S>& x, const std::optional<Tensor>& a,
-                         const std::optional<Tensor>& go, T* dw) {
+                         const std::optional<Tensor>& go, const Tensor& dw) {
   const int64_t out = x.rows, in = x.cols;
-  if (!a && !go) return scaled_copy(scale, x, dw);
-  if (!go) return gemm(scale, x, view<T>(*a), T(0), dw, in, Threads::kAll);
-  const Matrix<T> left = view<T>(*go);
-  if (!a) return gemm(scale, left, x, T(0), dw, in, Threads::kAll);
-
-  // A few columns at a time, so that what lies between the two products stays small.
-  const int64_t fit = kBetweenBytes / static_cast<int64_t>(sizeof(T)) / std::max<int64_t>(1, out);
-  const int64_t step = gemm_detail::even_part(in, std::max<int64_t>(64, fit / 32 * 32), 32);
-  std::vector<T> between(out * std::min(step, in));
-  for (int64_t col = 0; col < in; col += step) {
-    const int64_t cols = std::min(step, in - col);
-    gemm(scale, x, view<T>(*a).block(0, col, in, cols), T(0), between.data(), cols, Threads::kAll);
-    gemm(T(1), left, view(between.data(), out, cols, cols), T(0), dw + col, in, Threads::kAll);
+  T* const to = write<T>(dw);
+  if (!a && !go) return scaled_copy(scale, x, to);
+  if (out * in * std::min(out, in) >= kLargeProduct) {
+    if (a) multiply_right(scale, x, *a, dw);
+    if (go && a) multiply_left(T(1), *go, view(to, out, in, in), dw);
+    if (go && !a) multiply_left(scale, *go, x, dw);
+    return;
   }
+  if (!go) return gemm(scale, x, view<T>(*a), T(0), to, in, Threads::kAll);
+  if (!a) return gemm(scale, view<T>(*go), x, T(0), to, in, Threads::kAll);
+  std::vector<T> between(out * in);
+  gemm(scale, x, view<T>(*a), T(0), between.data(), in, Threads::kAll);
+  gemm(T(1), view<T>(*go), view(between.data(), out, in, in), T(0), to, in, Threads::kAll);
 }
 
 std::tuple<Tensor, Tensor> precondition(Tensor grad_weight, Tensor grad_bias, Tensor mean,
@@ -93,7 +113,7 @@ std::tuple<Tensor, Tensor> precondition(Tensor grad_weight, Tensor grad_bias, Te
     // dW = 1/alpha Go (gw - gb m^T) A
     T* const weight = write<T>(dw);
     multiply_both_sides(scale, view<S>(grad_weight).minus(bias.data(), m.data()), input_inverse,
-                        output_inverse, weight);
+                        output_inverse, dw);
     // db = 1/alpha Go gb - dW m
     T* const b = write<T>(db);
     const Threads threads = out * (in + out) > (1 << 16) ? Threads::kAll : Threads::kOne;

@@ -50,7 +50,7 @@ def test_budget_with_a_mean_far_from_zero():
     check(500, 20, 30, torch.float32, offset=1000.0)
 
 
-@settings(max_examples=60, derandomize=True, deadline=None)
+@settings(max_examples=40, derandomize=True, deadline=None)
 @given(
     n=st.integers(0, 900),
     out=st.integers(1, 90),

@@ -83,7 +83,7 @@ def test_budget_with_a_mean_far_from_zero():
     check_covariance(h, True)
 
 
-@settings(max_examples=60, derandomize=True, deadline=None)
+@settings(max_examples=40, derandomize=True, deadline=None)
 @given(
     n=st.integers(0, 700),
     d=st.integers(1, 140),

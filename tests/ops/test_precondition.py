@@ -71,11 +71,13 @@ def test_budget_around_the_blocks_of_depth(width):
     check(20, width, torch.float32)
 
 
-def test_budget_where_both_sides_go_in_blocks_of_columns():
-    check(1500, 500, torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize("sides", ["input", "output", "both"])
+def test_budget_of_products_by_blas(sides, dtype):
+    check(1500, 517, dtype, sides=sides, alpha=0.3)
 
 
-@settings(max_examples=60, derandomize=True, deadline=None)
+@settings(max_examples=40, derandomize=True, deadline=None)
 @given(
     out=st.integers(1, 120),
     width=st.integers(1, 120),
@@ -129,8 +131,8 @@ def test_empty_sides():
     assert torch.equal(db, torch.ones(3))
 
 
-def test_threads_do_not_change_a_bit():
-    x = [budget.random_matrix(300, 300, torch.float32, seed=s) for s in range(3)]
+def test_threads_do_not_change_a_bit_of_our_own_products():
+    x = [budget.random_matrix(200, 200, torch.float32, seed=s) for s in range(3)]
     one, two = (
         budget.with_threads(
             n, lambda: ops.precondition(x[0], x[0][0], x[0][1], x[1], output_inverse=x[2])
