@@ -180,12 +180,8 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         Delta = F^-1 g, so Delta^T F Delta = Delta^T g: one inner product, and no product with F.
         For the parameters that are not preconditioned, F is the identity.
         """
-        quadratic = torch.stack(
-            [
-                torch.sum(delta * grad, dtype=accumulate_dtype(delta.dtype))
-                for _, grad, delta in updates
-            ]
-        ).sum()
+        products = [torch.dot(d.flatten(), g.flatten().to(d.dtype)) for _, g, d in updates]
+        quadratic = torch.stack(products).sum().to(accumulate_dtype(products[0].dtype))
         finite = torch.isfinite(quadratic)
         self._readback.watch(finite, self._warn_unless_finite)
         factor = torch.ones_like(quadratic)
