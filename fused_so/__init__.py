@@ -1,11 +1,15 @@
 """Fused second-order optimizers for PyTorch, and the kernels under them."""
 
+from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
 
 from fused_so import _extension, ops, reference
 from fused_so.optim import ACP, CGD
 
-__version__ = _version("fused_so")
+try:
+    __version__ = _version("fused_so")
+except _PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0+unknown"
 
 LOADED_LIBRARIES = _extension.load_libraries()
 """The compiled libraries in use: "_C" (CPU), "_C_cuda"; empty when the references run."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,13 @@ def shape(name: str, value: Tensor, expected: tuple[int | str, ...]) -> None:
     if not fits:
         wanted = ", ".join(str(size) for size in expected)
         raise ValueError(f"{name} must have shape ({wanted}), got {tuple(value.shape)}")
+
+
+def mutated(*tensors: Tensor) -> None:
+    """Tells autograd that an op has changed these: a graph that still needs them must fail."""
+    if not torch.compiler.is_compiling():
+        for tensor in tensors:
+            torch.autograd.graph.increment_version(tensor)
 
 
 def same_device(**tensors: Tensor) -> None:
@@ -71,6 +80,17 @@ def within(name: str, value: float, low: float, high: float) -> None:
     """Requires a real number low <= value <= high; NaN is refused too."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not low <= value <= high:
-        upper = "" if high == float("inf") else f" and at most {high:g}"
+    if not low <= value <= high or math.isinf(value):
+        upper = " and finite" if math.isinf(high) else f" and at most {high:g}"
         raise ValueError(f"{name} must be at least {low:g}{upper}, got {value}")
+
+
+def boolean(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def tensor_list(name: str, value: object) -> list:
+    if not isinstance(value, list | tuple):
+        raise TypeError(f"{name} must be a list of tensors, got {type(value).__name__}")
+    return list(value)

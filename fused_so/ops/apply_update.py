@@ -47,8 +47,13 @@ def apply_update_(
 
     Raises:
         TypeError, ValueError: an argument breaks a rule above; nothing is changed.
+
+    Source: Sutskever et al. 2013, section 2, in the form of `torch.optim.SGD`.
     """
-    params, updates, buffers = list(params), list(updates), list(momentum_buffers)
+    params = _check.tensor_list("params", params)
+    updates = _check.tensor_list("updates", updates)
+    buffers = _check.tensor_list("momentum_buffers", momentum_buffers)
+    _check.boolean("nesterov", nesterov)
     for name, value, high in (
         ("lr", lr, math.inf),
         ("momentum", momentum, 1.0),
@@ -79,6 +84,8 @@ def apply_update_(
         _check.accumulates(f"momentum_buffers[{i}]", buffer, f"params[{i}]", params[i])
         _check.contiguous(f"momentum_buffers[{i}]", buffer)
         _check.same_device(**{"params[0]": params[0], f"momentum_buffers[{i}]": buffer})
+    if len({id(param) for param in params}) < len(params):
+        raise ValueError("params must hold each tensor once, got one of them twice")
     if not params:
         return
     if scale is not None:
@@ -95,6 +102,7 @@ def apply_update_(
         nesterov=nesterov,
         scale=scale,
     )
+    _check.mutated(*params, *buffers)
 
 
 def _fake(params, updates, momentum_buffers, *, lr, momentum, weight_decay, nesterov, scale=None):

@@ -30,6 +30,7 @@ def covariance(h: Tensor, *, centered: bool = True) -> tuple[Tensor, Tensor]:
     Source: George 2017, eq. 6.2.4 (the factor of ACP). Not differentiable.
     """
     _check.shape("h", h, ("n", "d"))
+    _check.boolean("centered", centered)
     return _covariance(h, centered=centered)
 
 
@@ -74,7 +75,10 @@ def covariance_(
     _check.contiguous("cov", cov)
     _check.contiguous("mean", mean)
     _check.within("decay", decay, 0.0, 1.0)
-    return _covariance_(cov, mean, h, decay=float(decay), centered=centered)
+    _check.boolean("centered", centered)
+    accepted = _covariance_(cov, mean, h, decay=float(decay), centered=centered)
+    _check.mutated(cov, mean)
+    return accepted
 
 
 def _fake_covariance(h, *, centered=True):

@@ -80,8 +80,6 @@ def _damping_tensor(damping: float | Tensor, batch: Sequence[int], a: Tensor) ->
         _check.same_device(a=a, damping=damping)
         return damping.to(dtype)
     _check.within("damping", damping, 0.0, math.inf)
-    if math.isinf(damping):
-        raise ValueError(f"damping must be finite, got {damping}")
     return torch.full(tuple(batch), float(damping), dtype=dtype, device=a.device)
 
 

@@ -78,8 +78,8 @@ def _alpha_tensor(alpha: float | Tensor, mean: Tensor) -> Tensor | None:
     if isinstance(alpha, Tensor):
         return alpha
     _check.within("alpha", alpha, 0.0, math.inf)
-    if alpha == 0 or math.isinf(alpha):
-        raise ValueError(f"alpha must be positive and finite, got {alpha}")
+    if alpha == 0:
+        raise ValueError(f"alpha must be positive, got {alpha}")
     return None if alpha == 1 else torch.full((), alpha, dtype=mean.dtype, device=mean.device)
 
 

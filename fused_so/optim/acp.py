@@ -15,6 +15,7 @@ from fused_so.optim.kronecker import KroneckerOptimizer, Layer, check_number
 
 HEURISTICS = ("mean_max_squared_gradient", "max_squared_gradient")
 _LARGEST_BOOST = 1000.0
+_ALPHA_DECAY = 0.95
 
 
 class ACP(KroneckerOptimizer):
@@ -39,7 +40,8 @@ class ACP(KroneckerOptimizer):
             estimate per layer and batch. "max_squared_gradient" is that of the thesis (section
             6.3.2): the largest squared derivative of any example's loss with respect to any
             output of the layer. "mean_max_squared_gradient", the default, averages each
-            example's largest over the batch, so that one outlier does not set the step.
+            example's largest over the batch, so that one outlier does not set the step. Either
+            falls by at most 5% a step, so that a well fitted batch does not stretch the next steps.
         damping: epsilon >= 0, in the units of the curvature; it is divided by alpha.
         relative_damping: delta >= 0, relative to the mean variance of the layer's inputs. It
             keeps directions that the batches seen so far do not span from exploding.
@@ -49,7 +51,7 @@ class ACP(KroneckerOptimizer):
         statistics_every: average mean and covariance every so many steps.
         inverse_every: invert them every so many steps. Both also happen at steps 0, 1, 2, 4,
             8, ... up to there, while averages of few batches improve quickly.
-        decay: of the exponential averages, in [0, 1); bias-corrected, so that the first batches
+        decay: of the exponential averages, in [0, 1]; bias-corrected, so that the first batches
             count fully.
         max_norm: an upper bound for sqrt(Delta^T F Delta), the norm of a param group's update in
             its metric F (the "KL clip" of the K-FAC family, with lr outside, so that schedules
@@ -59,7 +61,7 @@ class ACP(KroneckerOptimizer):
         grad_scaler: the torch.amp.GradScaler in use, if any. Only the estimates of alpha, which
             see gradients before they are unscaled, depend on it.
         params: parameters or param groups; by default all of the model's that require a
-            gradient. A group may set any of the options above but the last three.
+            gradient. A group may set any of the options above but loss_reduction, grad_scaler.
 
     Raises:
         TypeError, ValueError: an option out of its range, a model without trainable nn.Linear,
@@ -71,7 +73,7 @@ class ACP(KroneckerOptimizer):
     def __init__(
         self,
         model: nn.Module,
-        lr: float = 0.2,
+        lr: float = 0.1,
         *,
         alpha: float | str = "mean_max_squared_gradient",
         damping: float = 1e-8,
@@ -118,14 +120,15 @@ class ACP(KroneckerOptimizer):
         check_number("relative_damping", group["relative_damping"], 0.0)
         check_number("decay", group["decay"], 0.0, 1.0)
         for name in ("statistics_every", "inverse_every"):
-            if not isinstance(group[name], int) or group[name] < 1:
+            whole = isinstance(group[name], int) and not isinstance(group[name], bool)
+            if not whole or group[name] < 1:
                 raise ValueError(f"{name} must be a whole number >= 1, got {group[name]!r}")
 
     def observes(self, layer: Layer) -> bool:
-        return layer.group["alpha"] in HEURISTICS or self.due(layer.group["statistics_every"])
+        return layer.group["alpha"] in HEURISTICS or self._averages(layer)
 
     def observe(self, layer: Layer, h: Tensor, g: Tensor) -> None:
-        if self.due(layer.group["statistics_every"]):
+        if self._averages(layer):
             self.average_covariance(layer, h, layer.group["decay"])
         if layer.group["alpha"] in HEURISTICS and g.numel():
             largest = g.abs().amax(1).to(accumulate_dtype(g.dtype)).square()
@@ -141,7 +144,13 @@ class ACP(KroneckerOptimizer):
         observed = [layer for layer in layers if layer.state.get("examples")]
         for layer in observed:
             self._update_alpha(layer)
-        self._invert([layer for layer in observed if self.due(layer.group["inverse_every"])])
+        due = [
+            layer
+            for layer in observed
+            if self.due(layer.group["inverse_every"]) or "inverse" not in layer.state
+        ]
+        for same in _by_kind(due):
+            self._invert(same)
 
     def precondition(self, layer: Layer) -> tuple[Tensor, Tensor] | None:
         state = layer.state
@@ -151,6 +160,9 @@ class ACP(KroneckerOptimizer):
         return ops.precondition(
             *layer.gradients(), state["mean"], state["inverse"], alpha=state["alpha"]
         )
+
+    def _averages(self, layer: Layer) -> bool:
+        return self.due(layer.group["statistics_every"]) or "inverse" not in layer.state
 
     def _update_alpha(self, layer: Layer) -> None:
         state, batch, alpha = layer.state, layer.batch, layer.group["alpha"]
@@ -162,23 +174,30 @@ class ACP(KroneckerOptimizer):
             if alpha == "mean_max_squared_gradient":
                 squared = batch["sum"] / batch["rows"]
             scale = batch["rows"] if self._loss_reduction == "mean" else 1
-            if self._grad_scaler is not None and self._grad_scaler.is_enabled():
-                scale = scale / self._grad_scaler._get_scale_async()
-            estimate = squared * scale**2
-            usable = torch.isfinite(estimate) & (estimate > 0)
-            state["alpha"] = torch.where(usable, estimate, state.get("alpha", 1.0))
+            if self._grad_scaler is not None and self._grad_scaler._scale is not None:
+                scale = scale / self._grad_scaler._scale  # get_scale() would synchronize
+            estimate = torch.nan_to_num(squared * scale**2, nan=0.0, posinf=0.0)
+            # Rises at once and falls slowly: a batch that happens to be fitted well must not
+            # shrink the metric, and so stretch the step, while momentum carries the last ones.
+            alpha = torch.maximum(estimate, _ALPHA_DECAY * state.get("alpha", estimate))
+            state["alpha"] = torch.where(alpha > 0, alpha, 1.0)
 
-    def _damping(self, layer: Layer) -> Tensor:
+    def _damping(self, layer: Layer, boost: float) -> Tensor:
         # lambda = epsilon / alpha + delta tr(C) / d
         absolute = layer.group["damping"] / layer.state["alpha"]
         variance = layer.state["covariance"].diagonal().mean()
-        return absolute + layer.group["relative_damping"] * variance
+        damping = absolute + layer.group["relative_damping"] * variance
+        if boost == 1:
+            return damping
+        # Ten times nothing is nothing: a retry starts from the rounding of the variance.
+        rounding = torch.finfo(variance.dtype).eps * torch.where(variance > 0, variance, 1.0)
+        return boost * torch.maximum(damping, rounding)
 
     def _invert(self, layers: list[Layer], boost: float = 1.0) -> None:
         """Replaces the layers' inverses; one that fails keeps its last good value, or zero."""
         if not layers:
             return
-        damping = torch.stack([boost * self._damping(layer) for layer in layers])
+        damping = torch.stack([self._damping(layer, boost) for layer in layers])
         covariances = [layer.state["covariance"] for layer in layers]
         # Algorithm 4, line 7.
         inverses, info = ops.damped_inverse(covariances, damping)
@@ -196,3 +215,11 @@ class ACP(KroneckerOptimizer):
                 f"relative_damping"
             )
         self._invert([layers[i] for i in failed], 10 * boost)
+
+
+def _by_kind(layers: list[Layer]) -> list[list[Layer]]:
+    kinds: dict[tuple, list[Layer]] = {}
+    for layer in layers:
+        covariance = layer.state["covariance"]
+        kinds.setdefault((covariance.device, covariance.dtype), []).append(layer)
+    return list(kinds.values())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_so import ops
-from fused_so._dtypes import accumulate_dtype
+from fused_so._dtypes import accumulate, accumulate_dtype
 from fused_so.capture import Capture
 from fused_so.ops import _check
 from fused_so.optim.readback import Readback
@@ -35,17 +36,20 @@ class Layer:
     batch: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def params(self) -> list[nn.Parameter]:
-        return [p for p in (self.module.weight, self.module.bias) if p is not None]
+    def bias(self) -> nn.Parameter | None:
+        """The bias, if it is trained with the weight."""
+        bias = self.module.bias
+        owned = bias is not None and any(bias is p for p in self.group["params"])
+        return bias if owned and bias.requires_grad else None
 
     @property
     def centered(self) -> bool:
-        # Without a bias there is no homogeneous coordinate to project out.
-        return self.module.bias is not None
+        # Without a bias to move there is no homogeneous coordinate to project out.
+        return self.bias is not None
 
     def gradients(self) -> tuple[Tensor, Tensor]:
-        """The gradients of weight and bias; zeros for a bias that is absent or frozen."""
-        weight, bias = self.module.weight, self.module.bias
+        """The gradients of weight and bias; zeros for a bias that is not trained."""
+        weight, bias = self.module.weight, self.bias
         if bias is None or bias.grad is None:
             return weight.grad, weight.grad.new_zeros(weight.shape[0])
         return weight.grad, bias.grad
@@ -76,17 +80,19 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         if params is None:
             params = [p for p in model.parameters() if p.requires_grad]
         self._layers: list[Layer] = []
+        self._captures: list[Capture] = []
+        self._model: nn.Module | None = None
         super().__init__(params, defaults)
         self._readback = Readback()
-        self._warned_of: set[str] = set()
+        self._warned_of: set[tuple[str, ...]] = set()
         self._steps = 0
-        self._layers = self._find_layers(model)
-        self._bind_layers()
-        self._captures = [
-            Capture(layer.module, partial(self._observe, layer)) for layer in self._layers
-        ]
-        self._warn_of_plain_parameters(model)
-        self._choose_what_to_capture()
+        self._model = model
+        self._adopt_layers()
+        if not self._layers:
+            raise ValueError(
+                f"model must hold an nn.Linear with a trainable weight for "
+                f"{type(self).__name__} to precondition, got none; use torch.optim.SGD instead"
+            )
 
     # What an optimizer defines.
 
@@ -127,8 +133,9 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         self.refresh([layer for layer in self._layers if layer.module.weight.grad is not None])
         for group in self.param_groups:
             layered, plain = self._updates(group)
-            for updates in (layered, plain):
-                self._apply(group, updates)
+            bounds = self._bounds(group, layered, plain)
+            for updates, bound in zip((layered, plain), bounds, strict=True):
+                self._apply(group, updates, bound)
 
         self._steps += 1
         for layer in self._layers:
@@ -145,50 +152,63 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             update = self.precondition(layer)
             if update is None:
                 self._warn_once(
-                    layer.name,
-                    f"layer {layer.name!r} was never called as a module while a batch was "
-                    f"observed, so it has no statistics and takes the plain gradient",
+                    ("unseen", layer.name),
+                    f"no batch of layer {layer.name!r} was observed (is its weight used without "
+                    f"calling the module?); it takes the plain gradient until one is",
                 )
                 continue
-            for param, delta in zip(layer.params, update, strict=False):
-                if param.grad is not None:
+            for param, delta in zip((layer.module.weight, layer.bias), update, strict=True):
+                if param is not None and param.grad is not None:
                     layered.append((param, param.grad, delta))
                     owned.add(param)
         plain = [
             (p, p.grad, p.grad) for p in group["params"] if p.grad is not None and p not in owned
         ]
+        for param, grad, _ in plain:
+            if grad.layout != torch.strided:
+                raise TypeError(
+                    f"gradients must be dense, got layout {grad.layout} for a parameter of shape "
+                    f"{tuple(param.shape)}; use nn.Embedding(sparse=False)"
+                )
         return layered, plain
 
-    def _apply(self, group: dict[str, Any], updates: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+    def _apply(self, group: dict[str, Any], updates: list, bound: Tensor) -> None:
         for same in _by_kind(updates):
             params = [param for param, _, _ in same]
-            buffers = [self._momentum_buffer(p) for p in params] if group["momentum"] else []
+            # A parameter in another memory format (channels_last) is updated through a copy.
+            dense = [param.contiguous() for param in params]
             ops.apply_update_(
-                params,
+                dense,
                 [delta for _, _, delta in same],
-                buffers,
+                [self._momentum_buffer(p) for p in params] if group["momentum"] else [],
                 lr=group["lr"],
                 momentum=group["momentum"],
                 weight_decay=group["weight_decay"],
                 nesterov=group["nesterov"],
-                scale=self._bound(group, same),
+                scale=bound.to(params[0].device, accumulate_dtype(params[0].dtype)),
             )
+            for param, updated in zip(params, dense, strict=True):
+                if updated is not param and updated.data_ptr() != param.data_ptr():
+                    param.copy_(updated)
 
-    def _bound(self, group: dict[str, Any], updates: list) -> Tensor:
-        """The factor that keeps the norm of Delta in its metric F below max_norm; 0 skips the step.
+    def _bounds(self, group: dict[str, Any], *updates: list) -> list[Tensor]:
+        """The factors that keep the norm of Delta in its metric F below max_norm.
 
+        One for the preconditioned and one for the other parameters, whose F is the identity;
+        both are 0, which skips the step, if any gradient of the group is not finite.
         Delta = F^-1 g, so Delta^T F Delta = Delta^T g: one inner product, and no product with F.
-        For the parameters that are not preconditioned, F is the identity.
         """
-        products = [torch.dot(d.flatten(), g.flatten().to(d.dtype)) for _, g, d in updates]
-        quadratic = torch.stack(products).sum().to(accumulate_dtype(products[0].dtype))
-        finite = torch.isfinite(quadratic)
+        squares = [_inner_product(of_one_kind) for of_one_kind in updates]
+        finite = torch.isfinite(sum(square.to(squares[0].device) for square in squares))
         self._readback.watch(finite, self._warn_unless_finite)
-        factor = torch.ones_like(quadratic)
-        if group["max_norm"] is not None:
-            # nu = min(1, max_norm / sqrt(Delta^T g))
-            factor = (group["max_norm"] / quadratic.sqrt()).clamp(max=1.0)
-        return torch.where(finite, factor, 0.0)
+        factors = []
+        for square in squares:
+            factor = torch.ones_like(square)
+            if group["max_norm"] is not None:
+                # nu = min(1, max_norm / sqrt(Delta^T g)); rounding may leave 0 below zero
+                factor = (group["max_norm"] / square.clamp(min=0.0).sqrt()).clamp(max=1.0)
+            factors.append(torch.where(finite.to(square.device), factor, 0.0))
+        return factors
 
     def _momentum_buffer(self, param: Tensor) -> Tensor:
         state = self.state[param]
@@ -200,28 +220,35 @@ class KroneckerOptimizer(torch.optim.Optimizer):
 
     # Layers and their statistics.
 
-    def _find_layers(self, model: nn.Module) -> list[Layer]:
+    def _adopt_layers(self) -> None:
+        """Hooks every supported layer of the param groups that is not hooked yet."""
         groups = {p: group for group in self.param_groups for p in group["params"]}
-        uses: dict[Tensor, int] = {}
-        linear = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-        for _, module in linear:
-            uses[module.weight] = uses.get(module.weight, 0) + 1
-        layers = []
-        for name, module in linear:
+        uses = Counter(
+            p
+            for module in self._model.modules()
+            for p in module._parameters.values()
+            if p is not None
+        )
+        known = {layer.module for layer in self._layers}
+        for name, module in self._model.named_modules():
+            if not isinstance(module, nn.Linear) or module in known:
+                continue
             weight, bias = module.weight, module.bias
-            if weight not in groups or not weight.requires_grad or uses[weight] > 1:
+            # A tied weight or bias also belongs to something that these statistics do not see.
+            tied = uses[weight] > 1 or (bias is not None and uses[bias] > 1)
+            if tied or weight not in groups or not weight.requires_grad:
                 continue
             if bias in groups and groups[bias] is not groups[weight]:
                 raise ValueError(
                     f"params must keep the weight and bias of layer {name!r} in one group"
                 )
-            layers.append(Layer(name, module))
-        if not layers:
-            raise ValueError(
-                f"model must hold an nn.Linear with a trainable weight for "
-                f"{type(self).__name__} to precondition, got none; use torch.optim.SGD instead"
-            )
-        return layers
+            # torch.compile wraps a model in a module of its own; a checkpoint serves both.
+            layer = Layer(name.replace("_orig_mod.", ""), module)
+            self._layers.append(layer)
+            self._captures.append(Capture(module, partial(self._observe, layer)))
+        self._bind_layers()
+        self._warn_of_plain_parameters()
+        self._choose_what_to_capture()
 
     def _bind_layers(self) -> None:
         """Points every layer at its param group and state; loading a checkpoint replaces both."""
@@ -232,9 +259,9 @@ class KroneckerOptimizer(torch.optim.Optimizer):
                 g for g in self.param_groups if any(p is weight for p in g["params"])
             )
 
-    def _warn_of_plain_parameters(self, model: nn.Module) -> None:
-        owned = {p for layer in self._layers for p in layer.params}
-        names = {p: name for name, p in model.named_parameters()}
+    def _warn_of_plain_parameters(self) -> None:
+        owned = {p for layer in self._layers for p in (layer.module.weight, layer.bias)}
+        names = {p: name for name, p in self._model.named_parameters()}
         plain = [
             names.get(p, "(not in the model)")
             for group in self.param_groups
@@ -242,10 +269,10 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             if p not in owned
         ]
         if plain:
-            warnings.warn(
-                f"{type(self).__name__} preconditions nn.Linear layers; momentum SGD with the "
-                f"same lr and bound trains the others: {', '.join(plain)}",
-                stacklevel=4,
+            self._warn_once(
+                ("plain", *plain),
+                f"nn.Linear layers with parameters of their own are preconditioned; momentum SGD "
+                f"with the same lr trains the others: {', '.join(plain)}",
             )
 
     @torch.no_grad()
@@ -291,7 +318,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             if not value:
                 state["examples"] = max(0.0, state["examples"] - n)
                 self._warn_once(
-                    layer.name,
+                    ("input", layer.name),
                     f"the input of layer {layer.name!r} holds a NaN or Inf, or overflows; "
                     f"that batch stays out of its statistics",
                 )
@@ -300,9 +327,9 @@ class KroneckerOptimizer(torch.optim.Optimizer):
 
     def _warn_unless_finite(self, finite: Tensor) -> None:
         if not finite:
-            self._warn_once("gradient", "a gradient is not finite; such steps are skipped")
+            self._warn_once(("gradient",), "a gradient is not finite; such steps are skipped")
 
-    def _warn_once(self, subject: str, message: str) -> None:
+    def _warn_once(self, subject: tuple[str, ...], message: str) -> None:
         if subject not in self._warned_of:
             self._warned_of.add(subject)
             warnings.warn(f"{type(self).__name__}: {message}", stacklevel=2)
@@ -310,15 +337,18 @@ class KroneckerOptimizer(torch.optim.Optimizer):
     # Beginning, ending and resuming.
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As for any torch optimizer; linear layers among the new parameters are preconditioned."""
         super().add_param_group(param_group)
         try:
             self.check_group(self.param_groups[-1])
+            if self._model is not None:
+                self._adopt_layers()
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clears the gradients, and with them what was observed of the batches behind them."""
+        """Clears the gradients, and with them what the next step would know of their batch."""
         super().zero_grad(set_to_none)
         for layer in self._layers:
             layer.batch.clear()
@@ -329,8 +359,20 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             capture.remove()
 
     def state_dict(self) -> dict[str, Any]:
-        """As for any torch optimizer, with the layers and the number of steps."""
-        return {**super().state_dict(), "layers": self._layer_shapes(), "steps": self._steps}
+        """As for any torch optimizer, with the layers, all shapes and the number of steps."""
+        self._readback.flush()
+        return {
+            **super().state_dict(),
+            "layers": self._layer_shapes(),
+            "shapes": self._parameter_shapes(),
+            "steps": self._steps,
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            f"{type(self).__name__} is bound to its model's hooks and cannot be copied or "
+            f"pickled; build a new one on the copy and load_state_dict"
+        )
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -358,8 +400,11 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             for layer in self._layers
         }
 
+    def _parameter_shapes(self) -> list[tuple[int, ...]]:
+        return [tuple(p.shape) for group in self.param_groups for p in group["params"]]
+
     def _check_checkpoint(self, state_dict: dict[str, Any]) -> None:
-        missing = {"state", "param_groups", "layers", "steps"} - set(state_dict)
+        missing = {"state", "param_groups", "layers", "shapes", "steps"} - set(state_dict)
         if missing:
             raise ValueError(
                 f"state_dict must be one of {type(self).__name__}, but it lacks {sorted(missing)}"
@@ -371,13 +416,28 @@ class KroneckerOptimizer(torch.optim.Optimizer):
                     f"state_dict must be of this architecture; layer {name!r} (in, out, bias) is "
                     f"{own.get(name, 'absent')} here and {saved.get(name, 'absent')} there"
                 )
-        for here, there in zip(self.param_groups, state_dict["param_groups"], strict=False):
-            unknown = set(here) ^ set(there)
-            if unknown:
+        saved_shapes = [tuple(shape) for shape in state_dict["shapes"]]
+        if saved_shapes != self._parameter_shapes():
+            raise ValueError(
+                f"state_dict must be of this architecture; its parameters have shapes "
+                f"{saved_shapes}, these have {self._parameter_shapes()}"
+            )
+        for there in state_dict["param_groups"]:
+            lacking = set(self.defaults) - set(there)
+            if lacking:
                 raise ValueError(
-                    f"state_dict must have the options of {type(self).__name__}; "
-                    f"these differ: {sorted(unknown)}"
+                    f"state_dict must have the options of {type(self).__name__}, but it lacks "
+                    f"{sorted(lacking)}"
                 )
+
+
+def _inner_product(updates: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    """The sum of Delta^T g over parameters, in float64 from products in the accumulate dtype."""
+    total = torch.zeros((), dtype=torch.float64)
+    for _, grad, delta in updates:
+        product = torch.dot(accumulate(delta).flatten(), accumulate(grad).flatten())
+        total = total.to(product.device) + product
+    return total
 
 
 def _by_kind(updates: list[tuple[Tensor, Tensor, Tensor]]) -> list[list]:

@@ -34,3 +34,9 @@ class Readback:
                 callback(value)
             else:
                 self._pending.append((arrived, value, callback))
+
+    def flush(self) -> None:
+        """Waits for every value under way and runs its callback."""
+        for arrived, _, _ in self._pending:
+            arrived.synchronize()
+        self.poll()
