@@ -55,6 +55,7 @@ __global__ void __launch_bounds__(kUpdateThreads)
   }
   const TensorUpdate<P, U, A>& tensor = table.tensors[low];
   const A factor = scale == nullptr ? A(1) : *scale;
+  if (factor == A(0)) return;
   const int64_t begin = (block - table.first_block[low]) * kUpdateShare + threadIdx.x;
 
   // All loads first: stores in between would keep the compiler from overlapping them.

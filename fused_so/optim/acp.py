@@ -176,11 +176,12 @@ class ACP(KroneckerOptimizer):
             scale = batch["rows"] if self._loss_reduction == "mean" else 1
             if self._grad_scaler is not None and self._grad_scaler._scale is not None:
                 scale = scale / self._grad_scaler._scale  # get_scale() would synchronize
-            estimate = torch.nan_to_num(squared * scale**2, nan=0.0, posinf=0.0)
+            estimate = squared * scale**2
             # Rises at once and falls slowly: a batch that happens to be fitted well must not
             # shrink the metric, and so stretch the step, while momentum carries the last ones.
-            alpha = torch.maximum(estimate, _ALPHA_DECAY * state.get("alpha", estimate))
-            state["alpha"] = torch.where(alpha > 0, alpha, 1.0)
+            alpha = torch.maximum(estimate, _ALPHA_DECAY * state.get("alpha", 0.0 * estimate))
+            usable = torch.isfinite(alpha) & (alpha > 0)
+            state["alpha"] = torch.where(usable, alpha, state.get("alpha", 1.0))
 
     def _damping(self, layer: Layer, boost: float) -> Tensor:
         # lambda = epsilon / alpha + delta tr(C) / d

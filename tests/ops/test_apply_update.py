@@ -128,6 +128,25 @@ def test_a_nan_stays_in_its_entry():
     assert buffers[0].isnan().nonzero().tolist() == [[7]]
 
 
+@pytest.mark.parametrize("run", [apply_update_, reference.apply_update_])
+def test_a_scale_of_zero_skips_the_update_whatever_it_holds(run):
+    params, updates, buffers = problem(RULES[4], [(3, 4), (70,)])
+    updates[1][5] = torch.nan
+    before = clones(params, buffers)
+    run(params, updates, buffers, **RULES[4], scale=torch.zeros(()))
+    assert all(map(torch.equal, params, before[0]))
+    assert all(map(torch.equal, buffers, before[1]))
+
+
+def test_autograd_learns_of_the_change():
+    weight = torch.ones(3, requires_grad=True)
+    product = (weight * weight).sum()
+    with torch.no_grad():
+        apply_update_([weight], [torch.ones(3)], [], lr=0.1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
 def test_no_tensors_at_all():
     apply_update_([], [], [], lr=0.1, momentum=0.9)
 
@@ -301,6 +320,15 @@ def cuda_kernel(tmp_path_factory):
         )
 
     return run
+
+
+def test_the_cuda_kernel_skips_at_a_scale_of_zero(cuda_kernel):
+    params, updates, buffers = problem(RULES[4], [(3, 4), (70,)])
+    updates[1][5] = torch.nan
+    before = clones(params, buffers)
+    cuda_kernel(params, updates, buffers, **RULES[4], scale=torch.zeros(()))
+    assert all(map(torch.equal, params, before[0]))
+    assert all(map(torch.equal, buffers, before[1]))
 
 
 @pytest.mark.parametrize("dtypes", DTYPE_PAIRS, ids=str)

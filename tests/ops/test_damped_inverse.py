@@ -318,7 +318,7 @@ SQUARE = torch.eye(3)
         (torch.ones(2, 3, 4), 0.1, ValueError, r"a must be square.*got shape \(2, 3, 4\)"),
         (SQUARE, -1.0, ValueError, "damping must be at least 0, got -1.0"),
         (SQUARE, math.nan, ValueError, "damping must be at least 0, got nan"),
-        (SQUARE, math.inf, ValueError, "damping must be finite, got inf"),
+        (SQUARE, math.inf, ValueError, "damping must be at least 0 and finite, got inf"),
         (SQUARE, "much", TypeError, "damping must be a number, got str"),
         (SQUARE, True, TypeError, "damping must be a number, got bool"),
         (SQUARE, torch.ones(2), ValueError, r"damping must have shape \(\), got \(2,\)"),

@@ -60,7 +60,7 @@ def test_without_bias_it_is_sgd():
 
 
 def test_bad_options_are_named():
-    with pytest.raises(ValueError, match="lr must be at least 0, got -1"):
+    with pytest.raises(ValueError, match="lr must be at least 0 and finite, got -1"):
         fused_so.CGD(nn.Linear(2, 2), lr=-1)
     with pytest.raises(ValueError, match="max_norm must be positive, got 0"):
         fused_so.CGD(nn.Linear(2, 2), max_norm=0)
