@@ -23,8 +23,8 @@ def find_nvcc():
     wanted = os.environ.get("FUSED_SO_CUDA", "auto")
     if wanted not in ("auto", "0", "1"):
         raise SystemExit(f"FUSED_SO_CUDA must be auto, 0 or 1, got {wanted!r}")
-    home = os.environ.get("CUDA_HOME")
-    nvcc = None if wanted == "0" else shutil.which(f"{home}/bin/nvcc" if home else "nvcc")
+    home = os.environ.get("CUDA_HOME", "")
+    nvcc = None if wanted == "0" else shutil.which(f"{home}/bin/nvcc") or shutil.which("nvcc")
     if wanted == "1" and nvcc is None:
         raise SystemExit("FUSED_SO_CUDA=1, but nvcc was not found on PATH or under CUDA_HOME")
     return nvcc

@@ -5,7 +5,7 @@ import torch
 from bench.measure import compare
 from fused_so import ops
 
-# n, out, in; the first two are those of DESIGN 8.
+# n, out, in
 SIZES = [(4096, 64, 64), (256, 1000, 784), (128, 500, 1000), (1024, 256, 256), (128, 64, 64)]
 
 

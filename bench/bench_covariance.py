@@ -5,7 +5,7 @@ import torch
 from bench.measure import compare
 from fused_so import ops
 
-# n, d; the first two are those of DESIGN 8.
+# n, d
 SIZES = [(1024, 1000), (128, 1000), (512, 784), (4096, 256), (256, 64)]
 DECAY = 0.95
 

@@ -5,7 +5,7 @@ import torch
 from bench.measure import compare
 from fused_so import ops
 
-# The sizes of DESIGN 8, and the factors of the 784-1000-500-250-30 autoencoder in one list.
+# One large, many small, and the factors of the 784-1000-500-250-30 autoencoder in one list.
 AUTOENCODER = (784, 1000, 500, 250, 30, 250, 500, 1000)
 SIZES = [(1, 1000), (16, 256), (32, 128), (64, 64), AUTOENCODER, (8, 40)]
 DAMPING = 0.1
@@ -38,7 +38,10 @@ def test_damped_inverse(benchmark, size):
         count, d = size
         name, sizes = f"{count} x {d}", (d,) * count
         a = covariances(count, d)
-        baselines = {"cholesky": lambda: cholesky(a), "inv": lambda: inv(a)}
+        baselines = {"cholesky": lambda: cholesky(a)}
+        if count == 1:
+            # Batched, MKL's getri reports errors on two threads and takes a second a call.
+            baselines["inv"] = lambda: inv(a)
     compare(
         benchmark,
         f"damped_inverse {name}",

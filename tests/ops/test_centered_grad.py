@@ -70,7 +70,7 @@ def test_no_rows_give_zeros():
 
 
 def test_centering_is_a_rank_one_correction_of_autograd():
-    # DESIGN 3.1: sum_i g_i (h_i - m)^T = grad_weight - grad_bias m^T.
+    # Centering is a rank-1 correction: sum_i g_i (h_i - m)^T = grad_weight - grad_bias m^T.
     h = budget.random_matrix(40, 7, torch.float64, seed=0)
     layer = torch.nn.Linear(7, 5, dtype=torch.float64)
     output = layer(h)

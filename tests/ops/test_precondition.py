@@ -99,7 +99,7 @@ def test_alpha_as_a_tensor_equals_the_number_to_the_bit():
 
 
 def test_the_inverse_of_the_homogeneous_factor():
-    # DESIGN 3.2: the block inverse of [[C + m m^T, m], [m^T, 1]] (x) G on [grad_weight grad_bias].
+    # The block inverse of [[C + m m^T, m], [m^T, 1]] (x) G on [grad_weight grad_bias].
     width, out, alpha = 7, 5, 0.3
     h = budget.random_matrix(50, width, torch.float64, seed=0)
     g = budget.random_matrix(50, out, torch.float64, seed=1)
