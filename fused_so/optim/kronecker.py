@@ -188,7 +188,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
                 scale=bound.to(params[0].device, accumulate_dtype(params[0].dtype)),
             )
             for param, updated in zip(params, dense, strict=True):
-                if updated is not param and updated.data_ptr() != param.data_ptr():
+                if updated.data_ptr() != param.data_ptr():
                     param.copy_(updated)
 
     def _bounds(self, group: dict[str, Any], *updates: list) -> list[Tensor]:
