@@ -10,8 +10,8 @@
 // does not depend on the number of threads: output tiles are shared out, and where k is split,
 // the parts depend on the shape alone and are added in order.
 //
-// 2 m n k operations (half for a symmetric product). Each block of depth 384 moves C once.
-// Scratch: at most 4 MiB for A, and 192 KiB a thread for B.
+// 2 m n k operations (half for a symmetric product). Each block of depth 512 moves C once.
+// Scratch: at most 3 MiB for each operand.
 #pragma once
 
 #include <cstdint>
@@ -36,14 +36,14 @@ struct RankOne {
 
 namespace gemm_detail {
 
-constexpr int64_t kScratchBytes = 4 << 20;
-constexpr int64_t kGroupBytes = 192 << 10;  // the B panels of one task: they stay in L2
-constexpr int64_t kRowsAtOnce = 8;          // panels of A between two calls of finish
+constexpr int64_t kScratchBytes = 3 << 20;
+constexpr int64_t kGroupBytes = 512 << 10;  // the B panels of one task: they stay in L2
+constexpr int64_t kRowsAtOnce = 8;          // the panels of A of one task
 constexpr int64_t kMaxParts = 16;
 constexpr int64_t kSmallProduct = 1 << 20;  // about 20 microseconds on one core
 
 template <class T>
-constexpr int64_t kDepth = sizeof(T) == 4 ? 384 : 256;
+constexpr int64_t kDepth = sizeof(T) == 4 ? 512 : 256;
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -153,83 +153,75 @@ T* thread_scratch(int64_t count) {
   return scratch.get<T>(count);
 }
 
-// How many rows of A are packed at a time.
+// How many lanes of an operand are packed at a time, in equal parts.
 template <class T>
-int64_t row_step(const Microkernel<T>& kernel, int64_t rows) {
-  const int64_t panel_bytes = kDepth<T> * kernel.a_width * static_cast<int64_t>(sizeof(T));
-  return even_part(rows, kScratchBytes / panel_bytes * kernel.mr, kernel.mr);
+int64_t lane_step(int64_t lanes, int64_t tile, int64_t width) {
+  const int64_t panel_bytes = kDepth<T> * width * static_cast<int64_t>(sizeof(T));
+  return even_part(lanes, kScratchBytes / panel_bytes * tile, tile);
 }
 
-template <class T>
-int64_t depth_step(int64_t k) {
-  return even_part(k, kDepth<T>, 16);
-}
-
-// How many columns a task takes: few enough for every thread to get some tasks.
-template <class T>
-int64_t group_cols(const Microkernel<T>& kernel, int64_t cols, Threads threads) {
-  const int64_t panel_bytes = kDepth<T> * kernel.b_width * static_cast<int64_t>(sizeof(T));
-  const int64_t workers = threads == Threads::kOne ? 1 : torch::stable::get_num_threads();
-  const int64_t share = workers == 1 ? cols : divide_up(cols, 4 * workers);
-  const int64_t panels = std::clamp<int64_t>(share / kernel.nr, 1, kGroupBytes / panel_bytes);
-  return panels * kernel.nr;
-}
-
-// C = beta C + alpha A B over whole panels: A's are packed first, for all; then each task packs a
-// few of B's and multiplies. finish(row, col, rows, cols) is called once for each part of C, when
-// it is complete.
+// C = beta C + alpha A B over whole panels: both operands' are packed first; then each task takes a
+// few of B's, which stay in L2, and the next few of A's. finish(row, col, rows, cols) is called
+// once for each part of C, when it is complete.
 template <class T, class SA, class SB, class Finish = NoFinish>
 void multiply(T alpha, const Matrix<SA>& a, const Matrix<SB>& b, T beta, const Target<T>& target,
               Threads threads, const Finish& finish = {}) {
   const Microkernel<T>& kernel = microkernel<T>();
   const Matrix<SB> bt = b.transposed();
   const int64_t m = a.rows, n = b.cols, k = a.cols;
-  const int64_t depth_limit = depth_step<T>(k), row_limit = row_step(kernel, m);
-  const int64_t group = group_cols(kernel, n, threads);
-  const int64_t groups = divide_up(n, group);
+  const int64_t depth_limit = even_part(k, kDepth<T>, 16);
+  const int64_t row_limit = lane_step<T>(m, kernel.mr, kernel.a_width);
+  const int64_t col_limit = lane_step<T>(n, kernel.nr, kernel.b_width);
+  const int64_t group_limit =
+      kGroupBytes / (depth_limit * kernel.b_width * static_cast<int64_t>(sizeof(T))) * kernel.nr;
   T* const a_panels =
       thread_scratch<T, kPanelsOfA>(row_limit / kernel.mr * kernel.a_width * depth_limit);
+  T* const b_panels =
+      thread_scratch<T, kPanelsOfB>(col_limit / kernel.nr * kernel.b_width * depth_limit);
 
-  for (int64_t row = 0; row < m; row += row_limit) {
-    const int64_t rows = std::min(row_limit, m - row);
-    const int64_t a_count = divide_up(rows, kernel.mr);
-    // Few groups of columns: their rows are shared out too.
-    const int64_t workers = threads == Threads::kOne ? 1 : torch::stable::get_num_threads();
-    const int64_t splits =
-        workers == 1 ? 1 : std::clamp<int64_t>(divide_up(2 * workers, groups), 1, a_count);
-    const int64_t task_rows = divide_up(a_count, splits) * kernel.mr;
+  for (int64_t col = 0; col < n; col += col_limit) {
+    const int64_t cols = std::min(col_limit, n - col);
+    const int64_t b_count = divide_up(cols, kernel.nr);
+    const int64_t group = even_part(cols, group_limit, kernel.nr);
     // k = 0 still scales C.
     for (int64_t depth = 0; depth == 0 || depth < k; depth += depth_limit) {
       const int64_t steps = std::min(depth_limit, k - depth);
-      const bool last = depth + steps == k;
-      const Matrix<SA> a_block = a.block(row, depth, rows, steps);
-      for_each_task(a_count, threads, [&](int64_t i) {
-        pack<T, SA>(readers<T, SA>(kernel).pack_a, a_block, i * kernel.mr,
-                    a_panels + i * kernel.a_width * steps);
-      });
-
       const T scale = depth == 0 ? beta : T(1);
-      for_each_task(groups * splits, threads, [&](int64_t task) {
-        const int64_t col = task / splits * group, cols = std::min(group, n - col);
-        const int64_t first = task % splits * task_rows;
-        const int64_t end = std::min(rows, first + task_rows);
-        if (first >= end || target.block(row, col).wanted(end - 1, cols) == 0) return;
-        const Matrix<SB> b_block = bt.block(col, depth, cols, steps);
-        T* const b_panels =
-            thread_scratch<T, kPanelsOfB>(group / kernel.nr * kernel.b_width * depth_limit);
-        for (int64_t j = 0; j < divide_up(cols, kernel.nr); ++j) {
-          pack<T, SB>(readers<T, SB>(kernel).pack_b, b_block, j * kernel.nr,
-                      b_panels + j * kernel.b_width * steps);
-        }
-        for (int64_t r = first; r < end; r += kRowsAtOnce * kernel.mr) {
-          const int64_t part_rows = std::min(kRowsAtOnce * kernel.mr, end - r);
-          const Target<T> part = target.block(row + r, col);
-          if (part.wanted(part_rows - 1, cols) == 0) continue;
-          multiply_panels(kernel, steps, a_panels + r / kernel.mr * kernel.a_width * steps,
-                          b_panels, alpha, scale, part, part_rows, cols);
-          if (last) finish(row + r, col, part_rows, cols);
-        }
-      });
+      const bool last = depth + steps == k;
+      const Matrix<SB> b_block = bt.block(col, depth, cols, steps);
+      int64_t b_packed = 0;
+      for (int64_t row = 0; row < m; row += row_limit) {
+        const int64_t rows = std::min(row_limit, m - row);
+        if (target.block(row, col).wanted(rows - 1, cols) == 0) continue;
+        const int64_t a_count = divide_up(rows, kernel.mr), b_missing = b_count - b_packed;
+        const Matrix<SA> a_block = a.block(row, depth, rows, steps);
+        for_each_task(b_missing + a_count, threads, [&](int64_t task) {
+          const int64_t i = task - b_missing;
+          if (i < 0) {
+            pack<T, SB>(readers<T, SB>(kernel).pack_b, b_block, task * kernel.nr,
+                        b_panels + task * kernel.b_width * steps);
+          } else {
+            pack<T, SA>(readers<T, SA>(kernel).pack_a, a_block, i * kernel.mr,
+                        a_panels + i * kernel.a_width * steps);
+          }
+        });
+        b_packed = b_count;
+
+        const int64_t groups = divide_up(cols, group);
+        const int64_t share = a_count * groups / (4 * count_workers(threads));
+        const int64_t part = std::clamp<int64_t>(share, 1, kRowsAtOnce) * kernel.mr;
+        const int64_t parts = divide_up(rows, part);
+        for_each_task(groups * parts, threads, [&](int64_t task) {
+          const int64_t j = task / parts * group, task_cols = std::min(group, cols - j);
+          const int64_t i = task % parts * part, task_rows = std::min(part, rows - i);
+          const Target<T> block = target.block(row + i, col + j);
+          if (block.wanted(task_rows - 1, task_cols) == 0) return;
+          multiply_panels(kernel, steps, a_panels + i / kernel.mr * kernel.a_width * steps,
+                          b_panels + j / kernel.nr * kernel.b_width * steps, alpha, scale, block,
+                          task_rows, task_cols);
+          if (last) finish(row + i, col + j, task_rows, task_cols);
+        });
+      }
       if (k == 0) break;
     }
   }
@@ -238,7 +230,7 @@ void multiply(T alpha, const Matrix<SA>& a, const Matrix<SB>& b, T beta, const T
 // How many parts k is cut into: several only when C is too small to keep the threads busy.
 template <class T>
 int64_t count_parts(int64_t m, int64_t n, int64_t k) {
-  if (m * n > 256 * 256 || m * n == 0) return 1;
+  if (m * n > 128 * 128 || m * n == 0) return 1;
   const int64_t fit = kScratchBytes / static_cast<int64_t>(sizeof(T)) / (m * n);
   return std::max<int64_t>(1, std::min({kMaxParts, k / 256, fit}));
 }

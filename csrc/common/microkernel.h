@@ -27,12 +27,18 @@ template <class S>
 using SumColumns = void (*)(const S* source, int64_t row_stride, int64_t col_stride, int64_t rows,
                             int64_t cols, double* sums, double* squares);
 
+// to[j] = scale (source[j col_stride] - u v[j]); a null v means ones.
+template <class T, class S>
+using ScaleRow = void (*)(const S* source, int64_t col_stride, int64_t count, T scale, T u,
+                          const T* v, T* to);
+
 // What reads an input of dtype S.
 template <class T, class S>
 struct Readers {
   PackPanel<T, S> pack_a;
   PackPanel<T, S> pack_b;
   SumColumns<S> sum_columns;
+  ScaleRow<T, S> scale_row;
 };
 
 template <class T>
@@ -53,6 +59,8 @@ struct Microkernel {
   // to[cols, rows] = from[rows, cols]^T.
   void (*transpose)(int64_t rows, int64_t cols, const T* from, int64_t from_stride, T* to,
                     int64_t to_stride);
+  // sum_i x[i stride] y[i], in float64.
+  double (*dot)(int64_t count, const T* x, int64_t stride, const T* y);
   AllReaders<T> readers;
 };
 

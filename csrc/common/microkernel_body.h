@@ -284,28 +284,41 @@ Vector<double, V> load_doubles(const S* from, int64_t count) {
   return __builtin_convertvector(load_some<T, V>(from, count), Vector<double, V>);
 }
 
-// Columns that are neighbours, four vectors of them at a time.
+// `Blocks` vectors of neighbouring columns; the last of them may be partial, with `last` columns.
+template <bool Squares, int Blocks, class T, int V, class S>
+void sum_blocks(const S* source, int64_t row_stride, int64_t rows, int64_t last, double* sums,
+                double* squares) {
+  Vector<double, V> sum[Blocks] = {}, square[Blocks] = {};
+  for (int64_t i = 0; i < rows; ++i) {
+    const S* from = source + i * row_stride;
+    __builtin_prefetch(from + kSlicesAhead * row_stride);
+#pragma GCC unroll 4
+    for (int b = 0; b < Blocks; ++b) {
+      const int64_t count = b == Blocks - 1 ? last : V;
+      const Vector<double, V> x = load_doubles<T, V>(from + b * V, count);
+      sum[b] += x;
+      if constexpr (Squares) square[b] += x * x;
+    }
+  }
+  for (int64_t l = 0; l < (Blocks - 1) * V + last; ++l) {
+    sums[l] += sum[l / V][l % V];
+    if constexpr (Squares) squares[l] += square[l / V][l % V];
+  }
+}
+
 template <bool Squares, class T, int V, class S>
 void sum_neighbours(const S* source, int64_t row_stride, int64_t rows, int64_t cols, double* sums,
                     double* squares) {
-  constexpr int kVectors = 4;
-  for (int64_t j = 0; j < cols; j += kVectors * V) {
-    Vector<double, V> sum[kVectors] = {}, square[kVectors] = {};
-    for (int64_t i = 0; i < rows; ++i) {
-      const S* from = source + i * row_stride + j;
-      __builtin_prefetch(from + kSlicesAhead * row_stride);
-#pragma GCC unroll 4
-      for (int b = 0; b < kVectors; ++b) {
-        const int64_t count = cols - j - b * V;
-        if (count <= 0) break;
-        const Vector<double, V> x = load_doubles<T, V>(from + b * V, count);
-        sum[b] += x;
-        if constexpr (Squares) square[b] += x * x;
-      }
-    }
-    for (int64_t l = 0; l < kVectors * V && j + l < cols; ++l) {
-      sums[j + l] += sum[l / V][l % V];
-      if constexpr (Squares) squares[j + l] += square[l / V][l % V];
+  constexpr int kBlocks = 4;
+  for (int64_t j = 0; j < cols;) {
+    double* const square = Squares ? squares + j : nullptr;
+    if (cols - j >= kBlocks * V) {
+      sum_blocks<Squares, kBlocks, T, V>(source + j, row_stride, rows, V, sums + j, square);
+      j += kBlocks * V;
+    } else {
+      const int64_t last = cols - j < V ? cols - j : V;
+      sum_blocks<Squares, 1, T, V>(source + j, row_stride, rows, last, sums + j, square);
+      j += last;
     }
   }
 }
@@ -347,10 +360,44 @@ void sum_columns(const S* source, int64_t row_stride, int64_t col_stride, int64_
   }
 }
 
+template <class T, int V, class S>
+void scale_row(const S* source, int64_t col_stride, int64_t count, T scale, T u, const T* v,
+               T* to) {
+  int64_t j = 0;
+  for (; col_stride == 1 && j + V <= count; j += V) {
+    const Vector<T, V> rank_one = v != nullptr ? u * load<T, V>(v + j) : Vector<T, V>{} + u;
+    store<T, V>(to + j, scale * (load<T, V>(source + j) - rank_one));
+  }
+  for (; j < count; ++j) {
+    const T x = load_some<T, V>(source + j * col_stride, 1)[0];
+    to[j] = scale * (x - (v != nullptr ? u * v[j] : u));
+  }
+}
+
+// V is the number of float64 in a vector.
+template <class T, int V>
+double dot(int64_t count, const T* x, int64_t stride, const T* y) {
+  constexpr int kSums = 4;  // chains of additions in flight
+  Vector<double, V> sums[kSums] = {};
+  int64_t i = 0;
+  for (; stride == 1 && i + kSums * V <= count; i += kSums * V) {
+#pragma GCC unroll 4
+    for (int b = 0; b < kSums; ++b) {
+      sums[b] += __builtin_convertvector(load<T, V>(x + i + b * V), Vector<double, V>) *
+                 __builtin_convertvector(load<T, V>(y + i + b * V), Vector<double, V>);
+    }
+  }
+  double sum = 0;
+  for (; i < count; ++i) sum += static_cast<double>(x[i * stride]) * y[i];
+  const Vector<double, V> total = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  for (int l = 0; l < V; ++l) sum += total[l];
+  return sum;
+}
+
 template <class T, int V, int AWidth, int BWidth, class S>
 constexpr Readers<T, S> make_readers() {
   return {&pack_panel<T, V, AWidth, S>, &pack_panel<T, V, BWidth, S>,
-          &sum_columns<T, V* static_cast<int>(sizeof(T)) / 8, S>};
+          &sum_columns<T, V* static_cast<int>(sizeof(T)) / 8, S>, &scale_row<T, V, S>};
 }
 
 // Turns V x V blocks over; what is left at the edges goes entry by entry.
@@ -391,7 +438,14 @@ template <class T, int MR, int V>
 constexpr Microkernel<T> make_microkernel() {
   constexpr int a_width = (MR + V - 1) / V * V;
   constexpr int b_width = 2 * V;
-  Microkernel<T> kernel{MR, b_width, a_width, b_width, {}, &transpose_block<T, V>, {}};
+  Microkernel<T> kernel{MR,
+                        b_width,
+                        a_width,
+                        b_width,
+                        {},
+                        &transpose_block<T, V>,
+                        &dot<T, V* static_cast<int>(sizeof(T)) / 8>,
+                        {}};
   fill_tiles<T, MR, 1, V, a_width, b_width>(kernel);
   fill_tiles<T, MR, 2, V, a_width, b_width>(kernel);
   if constexpr (sizeof(T) == sizeof(float)) {

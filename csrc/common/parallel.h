@@ -11,14 +11,15 @@ namespace fused_so {
 
 enum class Threads { kOne, kAll };
 
+inline int64_t count_workers(Threads threads) {
+  return threads == Threads::kOne ? 1 : torch::stable::get_num_threads();
+}
+
 // Calls task(0) .. task(count - 1), each once, in any order: a thread takes the next one when it
 // is free, so that a slow core does not hold the others up. Inside a parallel region: serial.
 template <class Task>
 void for_each_task(int64_t count, Threads threads, const Task& task) {
-  const int64_t workers =
-      threads == Threads::kOne
-          ? 1
-          : std::min(count, static_cast<int64_t>(torch::stable::get_num_threads()));
+  const int64_t workers = std::min(count, count_workers(threads));
   if (workers <= 1) {
     for (int64_t i = 0; i < count; ++i) task(i);
     return;

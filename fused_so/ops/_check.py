@@ -9,13 +9,13 @@ from torch import Tensor
 
 from fused_so._dtypes import accumulate_dtype
 
-_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def floating(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
-    if value.dtype not in _FLOATING:
+    if value.dtype not in FLOATING:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}")
     if value.layout != torch.strided:
         raise TypeError(f"{name} must be a dense (strided) tensor, got layout {value.layout}")
@@ -24,40 +24,39 @@ def floating(name: str, value: object) -> None:
 def shape(name: str, value: Tensor, expected: tuple[int | str, ...]) -> None:
     """Requires the rank of `expected`, and its sizes where they are numbers."""
     floating(name, value)
-    fits = value.dim() == len(expected) and all(
-        isinstance(want, str) or size == want
-        for size, want in zip(value.shape, expected, strict=True)
+    got = value.shape
+    if got == expected:
+        return
+    fits = len(got) == len(expected) and all(
+        isinstance(want, str) or size == want for size, want in zip(got, expected, strict=True)
     )
     if not fits:
         wanted = ", ".join(str(size) for size in expected)
-        raise ValueError(f"{name} must have shape ({wanted}), got {tuple(value.shape)}")
+        raise ValueError(f"{name} must have shape ({wanted}), got {tuple(got)}")
 
 
 def mutated(*tensors: Tensor) -> None:
     """Tells autograd that an op has changed these: a graph that still needs them must fail."""
     if not torch.compiler.is_compiling():
-        for tensor in tensors:
-            torch.autograd.graph.increment_version(tensor)
+        torch.autograd.graph.increment_version(tensors)
 
 
 def same_device(**tensors: Tensor) -> None:
-    first, *rest = tensors
-    for name in rest:
-        if tensors[name].device != tensors[first].device:
+    first = next(iter(tensors))
+    device = tensors[first].device
+    for name, value in tensors.items():
+        if value.device != device:
             raise ValueError(
-                f"{name} must be on the device of {first}, {tensors[first].device}, "
-                f"got {tensors[name].device}"
+                f"{name} must be on the device of {first}, {device}, got {value.device}"
             )
 
 
 def same_dtype(**tensors: Tensor) -> None:
-    first, *rest = tensors
-    for name in rest:
-        if tensors[name].dtype != tensors[first].dtype:
-            raise TypeError(
-                f"{name} must have the dtype of {first}, {tensors[first].dtype}, "
-                f"got {tensors[name].dtype}"
-            )
+    first = next(iter(tensors))
+    dtype = tensors[first].dtype
+    for name, value in tensors.items():
+        if value.dtype != dtype:
+            raise TypeError(f"{name} must have the dtype of {first}, {dtype}, got {value.dtype}")
 
 
 def accumulates(name: str, value: Tensor, source_name: str, source: Tensor) -> None:

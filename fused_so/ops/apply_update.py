@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from fused_so import reference
+from fused_so._dtypes import accumulate_dtype
 from fused_so.ops import _check
 from fused_so.ops._registry import define
 
@@ -68,22 +70,8 @@ def apply_update_(
         if len(tensors) != count:
             rule = "one for each of params" if count else "empty when momentum is 0"
             raise ValueError(f"{name} must hold {count} tensors ({rule}), got {len(tensors)}")
-    for i, (param, update) in enumerate(zip(params, updates, strict=True)):
-        _check.floating(f"params[{i}]", param)
-        _check.contiguous(f"params[{i}]", param)
-        _check.shape(f"updates[{i}]", update, tuple(param.shape))
-        _check.same_dtype(**{"params[0]": params[0], f"params[{i}]": param})
-        if update.dtype != param.dtype:
-            _check.accumulates(f"updates[{i}]", update, f"params[{i}]", param)
-        _check.same_dtype(**{"updates[0]": updates[0], f"updates[{i}]": update})
-        _check.same_device(
-            **{"params[0]": params[0], f"params[{i}]": param, f"updates[{i}]": update}
-        )
-    for i, buffer in enumerate(buffers):
-        _check.shape(f"momentum_buffers[{i}]", buffer, tuple(params[i].shape))
-        _check.accumulates(f"momentum_buffers[{i}]", buffer, f"params[{i}]", params[i])
-        _check.contiguous(f"momentum_buffers[{i}]", buffer)
-        _check.same_device(**{"params[0]": params[0], f"momentum_buffers[{i}]": buffer})
+    if not _match(params, updates, buffers):
+        _raise_unless_matching(params, updates, buffers)
     if len({id(param) for param in params}) < len(params):
         raise ValueError("params must hold each tensor once, got one of them twice")
     if not params:
@@ -103,6 +91,43 @@ def apply_update_(
         scale=scale,
     )
     _check.mutated(*params, *buffers)
+
+
+def _match(params: list, updates: list, buffers: list) -> bool:
+    """Whether the lists are what `_raise_unless_matching` asks for, without naming the culprit."""
+    if not all(isinstance(t, Tensor) for t in (*params, *updates, *buffers)) or not params:
+        return False
+    param, update = params[0], updates[0]
+    dtype, device, wide = param.dtype, param.device, accumulate_dtype(param.dtype)
+    return (
+        dtype in _check.FLOATING
+        and update.dtype in (dtype, wide)
+        and all(p.dtype == dtype and p.device == device and p.is_contiguous() for p in params)
+        and all(u.dtype == update.dtype and u.device == device for u in updates)
+        and all(b.dtype == wide and b.device == device and b.is_contiguous() for b in buffers)
+        and all(p.shape == t.shape for p, t in zip(params, updates, strict=True))
+        and (not buffers or all(p.shape == b.shape for p, b in zip(params, buffers, strict=True)))
+        and all(t.layout == torch.strided for t in (*params, *updates, *buffers))
+    )
+
+
+def _raise_unless_matching(params: list, updates: list, buffers: list) -> None:
+    for i, (param, update) in enumerate(zip(params, updates, strict=True)):
+        _check.floating(f"params[{i}]", param)
+        _check.contiguous(f"params[{i}]", param)
+        _check.shape(f"updates[{i}]", update, tuple(param.shape))
+        _check.same_dtype(**{"params[0]": params[0], f"params[{i}]": param})
+        if update.dtype != param.dtype:
+            _check.accumulates(f"updates[{i}]", update, f"params[{i}]", param)
+        _check.same_dtype(**{"updates[0]": updates[0], f"updates[{i}]": update})
+        _check.same_device(
+            **{"params[0]": params[0], f"params[{i}]": param, f"updates[{i}]": update}
+        )
+    for i, buffer in enumerate(buffers):
+        _check.shape(f"momentum_buffers[{i}]", buffer, tuple(params[i].shape))
+        _check.accumulates(f"momentum_buffers[{i}]", buffer, f"params[{i}]", params[i])
+        _check.contiguous(f"momentum_buffers[{i}]", buffer)
+        _check.same_device(**{"params[0]": params[0], f"momentum_buffers[{i}]": buffer})
 
 
 def _fake(params, updates, momentum_buffers, *, lr, momentum, weight_decay, nesterov, scale=None):

@@ -13,9 +13,9 @@ from fused_so import ops
 from fused_so._dtypes import accumulate_dtype
 from fused_so.optim.kronecker import KroneckerOptimizer, Layer, check_number
 
-HEURISTICS = ("mean_max_squared_gradient", "max_squared_gradient")
+HEURISTICS = ("rms_gradient", "max_squared_gradient")
 _LARGEST_BOOST = 1000.0
-_ALPHA_DECAY = 0.95
+_ALPHA_DECAY = 0.975
 
 
 class ACP(KroneckerOptimizer):
@@ -34,14 +34,15 @@ class ACP(KroneckerOptimizer):
     Args:
         model: the module to train. Its nn.Linear layers are preconditioned; every other
             parameter takes momentum SGD with the same lr and bound, and a warning lists them.
-        lr: the learning rate, >= 0: while max_norm binds, lr times max_norm is the length of a
-            step in the metric.
-        alpha: the curvature with respect to a layer's output: a number > 0 for all layers, or an
-            estimate per layer and batch. "max_squared_gradient" is that of the thesis (section
-            6.3.2): the largest squared derivative of any example's loss with respect to any
-            output of the layer. "mean_max_squared_gradient", the default, averages each
-            example's largest over the batch, so that one outlier does not set the step. Either
-            falls by at most 5% a step, so that a well fitted batch does not stretch the next steps.
+        lr: the learning rate, >= 0. While max_norm = 1 binds, a step moves the preactivations by
+            lr in the root mean square over examples, whatever the scale of the loss.
+        alpha: the scale of the curvature with respect to a layer's output: a number > 0 for all
+            layers, or an estimate per layer and batch from each example's largest derivative of
+            its loss with respect to an output of the layer. "max_squared_gradient" is that of the
+            thesis (section 6.3.2): the largest of them, squared. "rms_gradient", the default, is
+            their root mean square, as in RMSprop and Adam: an estimate by squares vanishes faster
+            than the gradient as the fit improves, and so lengthens the step. Either falls by at
+            most 2.5% a step, so that a well fitted batch does not stretch the next steps.
         damping: epsilon >= 0, in the units of the curvature; it is divided by alpha.
         relative_damping: delta >= 0, relative to the mean variance of the layer's inputs. It
             keeps directions that the batches seen so far do not span from exploding.
@@ -53,9 +54,10 @@ class ACP(KroneckerOptimizer):
             8, ... up to there, while averages of few batches improve quickly.
         decay: of the exponential averages, in [0, 1]; bias-corrected, so that the first batches
             count fully.
-        max_norm: an upper bound for sqrt(Delta^T F Delta), the norm of a param group's update in
-            its metric F (the "KL clip" of the K-FAC family, with lr outside, so that schedules
-            act on clipped steps too). Longer updates are shortened; None for no bound.
+        max_norm: an upper bound for the root mean square over examples of the change of a param
+            group's preactivations, sqrt(Delta^T (A (x) I) Delta) with A = E[(h, 1)(h, 1)^T] damped
+            (a "KL clip" with lr outside, so that schedules act on clipped steps too). Longer
+            updates are shortened; None for no bound.
         loss_reduction: "mean" if the loss is a mean over examples, "sum" if it is a sum. Only
             the estimates of alpha depend on it.
         grad_scaler: the torch.amp.GradScaler in use, if any. Only the estimates of alpha, which
@@ -73,9 +75,9 @@ class ACP(KroneckerOptimizer):
     def __init__(
         self,
         model: nn.Module,
-        lr: float = 0.1,
+        lr: float = 0.04,
         *,
-        alpha: float | str = "mean_max_squared_gradient",
+        alpha: float | str = "rms_gradient",
         damping: float = 1e-8,
         relative_damping: float = 0.3,
         momentum: float = 0.9,
@@ -130,20 +132,21 @@ class ACP(KroneckerOptimizer):
     def observe(self, layer: Layer, h: Tensor, g: Tensor) -> None:
         if self._averages(layer):
             self.average_covariance(layer, h, layer.group["decay"])
-        if layer.group["alpha"] in HEURISTICS and g.numel():
-            largest = g.abs().amax(1).to(accumulate_dtype(g.dtype)).square()
+        alpha = layer.group["alpha"]
+        if alpha in HEURISTICS and g.numel():
             batch = layer.batch
-            if "rows" in batch:
-                batch["max"] = torch.maximum(batch["max"], largest.amax())
-                batch["sum"] = batch["sum"] + largest.sum()
-                batch["rows"] += len(largest)
+            # max_j |d loss_i / d a_ij|
+            largest = g.abs().amax(1).to(accumulate_dtype(g.dtype))
+            batch["rows"] = batch.get("rows", 0) + len(largest)
+            if alpha == "rms_gradient":
+                batch["sum"] = batch.get("sum", 0.0) + largest.dot(largest)
             else:
-                batch.update(max=largest.amax(), sum=largest.sum(), rows=len(largest))
+                value = largest.amax()
+                batch["max"] = torch.maximum(batch.get("max", value), value)
 
     def refresh(self, layers: list[Layer]) -> None:
         observed = [layer for layer in layers if layer.state.get("examples")]
-        for layer in observed:
-            self._update_alpha(layer)
+        self._update_alphas(observed)
         due = [
             layer
             for layer in observed
@@ -161,27 +164,43 @@ class ACP(KroneckerOptimizer):
             *layer.gradients(), state["mean"], state["inverse"], alpha=state["alpha"]
         )
 
+    def curvature_scale(self, layer: Layer) -> Tensor | float:
+        return layer.state["alpha"]
+
     def _averages(self, layer: Layer) -> bool:
         return self.due(layer.group["statistics_every"]) or "inverse" not in layer.state
 
-    def _update_alpha(self, layer: Layer) -> None:
-        state, batch, alpha = layer.state, layer.batch, layer.group["alpha"]
-        if alpha not in HEURISTICS:
-            state["alpha"] = alpha
-        elif "rows" in batch:
-            # alpha = max_ij or mean_i max_j of (d loss_i / d a_ij)^2
-            squared = batch["max"]
-            if alpha == "mean_max_squared_gradient":
-                squared = batch["sum"] / batch["rows"]
-            scale = batch["rows"] if self._loss_reduction == "mean" else 1
-            if self._grad_scaler is not None and self._grad_scaler._scale is not None:
-                scale = scale / self._grad_scaler._scale  # get_scale() would synchronize
-            estimate = squared * scale**2
+    def _update_alphas(self, layers: list[Layer]) -> None:
+        estimated = []
+        for layer in layers:
+            if layer.group["alpha"] not in HEURISTICS:
+                layer.state["alpha"] = layer.group["alpha"]
+            elif "rows" in layer.batch:
+                estimated.append(layer)
+        for same in _by_kind(estimated):
+            estimates = torch.stack([self._estimate_alpha(layer) for layer in same])
+            last = torch.stack(
+                [torch.as_tensor(layer.state.get("alpha", 0.0)).to(estimates) for layer in same]
+            )
             # Rises at once and falls slowly: a batch that happens to be fitted well must not
             # shrink the metric, and so stretch the step, while momentum carries the last ones.
-            alpha = torch.maximum(estimate, _ALPHA_DECAY * state.get("alpha", 0.0 * estimate))
-            usable = torch.isfinite(alpha) & (alpha > 0)
-            state["alpha"] = torch.where(usable, alpha, state.get("alpha", 1.0))
+            alphas = torch.maximum(estimates, _ALPHA_DECAY * last)
+            last = torch.where(last > 0, last, 1.0)
+            alphas = torch.where(torch.isfinite(alphas) & (alphas > 0), alphas, last)
+            for layer, alpha in zip(same, alphas.unbind(), strict=True):
+                layer.state["alpha"] = alpha
+
+    def _estimate_alpha(self, layer: Layer) -> Tensor:
+        batch, scale = layer.batch, 1.0
+        if self._loss_reduction == "mean":
+            scale = batch["rows"]  # undo the loss's mean
+        if self._grad_scaler is not None and self._grad_scaler._scale is not None:
+            scale = scale / self._grad_scaler._scale  # get_scale() would synchronize
+        if layer.group["alpha"] == "rms_gradient":
+            # alpha = sqrt(mean_i max_j (d loss_i / d a_ij)^2)
+            return scale * (batch["sum"] / batch["rows"]).sqrt()
+        # alpha = max_ij (d loss_i / d a_ij)^2
+        return (scale * batch["max"]).square()
 
     def _damping(self, layer: Layer, boost: float) -> Tensor:
         # lambda = epsilon / alpha + delta tr(C) / d

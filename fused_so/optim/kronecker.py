@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,14 @@ class Layer:
         if bias is None or bias.grad is None:
             return weight.grad, weight.grad.new_zeros(weight.shape[0])
         return weight.grad, bias.grad
+
+
+class Update(NamedTuple):
+    """A parameter's step Delta before lr and bound, and the scale alpha of its metric."""
+
+    param: nn.Parameter
+    delta: Tensor
+    alpha: Tensor | float = 1.0
 
 
 class KroneckerOptimizer(torch.optim.Optimizer):
@@ -119,6 +127,10 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         """The update of weight and bias, or None while the layer has no statistics."""
         raise NotImplementedError
 
+    def curvature_scale(self, layer: Layer) -> Tensor | float:
+        """alpha in the layer's metric F = alpha A (x) I, with A that of its inputs."""
+        return 1.0
+
     # The step.
 
     @torch.no_grad()
@@ -143,8 +155,8 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         self._choose_what_to_capture()
         return loss
 
-    def _updates(self, group: dict[str, Any]) -> tuple[list, list]:
-        """(parameter, gradient, update) of the preconditioned and of the other parameters."""
+    def _updates(self, group: dict[str, Any]) -> tuple[list[Update], list[Update]]:
+        """The updates of the preconditioned and of the other parameters."""
         layered, owned = [], set()
         for layer in self._layers:
             if layer.group is not group or layer.module.weight.grad is None:
@@ -157,29 +169,30 @@ class KroneckerOptimizer(torch.optim.Optimizer):
                     f"calling the module?); it takes the plain gradient until one is",
                 )
                 continue
+            alpha = self.curvature_scale(layer)
             for param, delta in zip((layer.module.weight, layer.bias), update, strict=True):
                 if param is not None and param.grad is not None:
-                    layered.append((param, param.grad, delta))
+                    layered.append(Update(param, delta, alpha))
                     owned.add(param)
         plain = [
-            (p, p.grad, p.grad) for p in group["params"] if p.grad is not None and p not in owned
+            Update(p, p.grad) for p in group["params"] if p.grad is not None and p not in owned
         ]
-        for param, grad, _ in plain:
-            if grad.layout != torch.strided:
+        for update in plain:
+            if update.delta.layout != torch.strided:
                 raise TypeError(
-                    f"gradients must be dense, got layout {grad.layout} for a parameter of shape "
-                    f"{tuple(param.shape)}; use nn.Embedding(sparse=False)"
+                    f"gradients must be dense, got layout {update.delta.layout} for a parameter of "
+                    f"shape {tuple(update.param.shape)}; use nn.Embedding(sparse=False)"
                 )
         return layered, plain
 
-    def _apply(self, group: dict[str, Any], updates: list, bound: Tensor) -> None:
+    def _apply(self, group: dict[str, Any], updates: list[Update], bound: Tensor) -> None:
         for same in _by_kind(updates):
-            params = [param for param, _, _ in same]
+            params = [update.param for update in same]
             # A parameter in another memory format (channels_last) is updated through a copy.
             dense = [param.contiguous() for param in params]
             ops.apply_update_(
                 dense,
-                [delta for _, _, delta in same],
+                [update.delta for update in same],
                 [self._momentum_buffer(p) for p in params] if group["momentum"] else [],
                 lr=group["lr"],
                 momentum=group["momentum"],
@@ -191,21 +204,21 @@ class KroneckerOptimizer(torch.optim.Optimizer):
                 if updated.data_ptr() != param.data_ptr():
                     param.copy_(updated)
 
-    def _bounds(self, group: dict[str, Any], *updates: list) -> list[Tensor]:
-        """The factors that keep the norm of Delta in its metric F below max_norm.
+    def _bounds(self, group: dict[str, Any], *updates: list[Update]) -> list[Tensor]:
+        """The factors that keep the norms of the updates below max_norm.
 
-        One for the preconditioned and one for the other parameters, whose F is the identity;
-        both are 0, which skips the step, if any gradient of the group is not finite.
-        Delta = F^-1 g, so Delta^T F Delta = Delta^T g: one inner product, and no product with F.
+        One for the preconditioned parameters, whose norm is the root mean square of the change
+        of preactivations, and one for the others, in the identity metric; both are 0, which
+        skips the step, if any gradient of the group is not finite.
         """
-        squares = [_inner_product(of_one_kind) for of_one_kind in updates]
+        squares = [_squared_norm(of_one_kind) for of_one_kind in updates]
         finite = torch.isfinite(sum(square.to(squares[0].device) for square in squares))
         self._readback.watch(finite, self._warn_unless_finite)
         factors = []
         for square in squares:
             factor = torch.ones_like(square)
             if group["max_norm"] is not None:
-                # nu = min(1, max_norm / sqrt(Delta^T g)); rounding may leave 0 below zero
+                # nu = min(1, max_norm / norm); rounding may leave 0 below zero
                 factor = (group["max_norm"] / square.clamp(min=0.0).sqrt()).clamp(max=1.0)
             factors.append(torch.where(finite.to(square.device), factor, 0.0))
         return factors
@@ -431,20 +444,32 @@ class KroneckerOptimizer(torch.optim.Optimizer):
                 )
 
 
-def _inner_product(updates: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-    """The sum of Delta^T g over parameters, in float64 from products in the accumulate dtype."""
+def _squared_norm(updates: list[Update]) -> Tensor:
+    """sum Delta^T (A (x) I) Delta, in float64 from products in the accumulate dtype.
+
+    Delta = (alpha A (x) I)^-1 g, so that this is Delta^T g / alpha, without a product with A.
+    """
+    by_device: dict[torch.device, list[Update]] = {}
+    for update in updates:
+        by_device.setdefault(update.delta.device, []).append(update)
     total = torch.zeros((), dtype=torch.float64)
-    for _, grad, delta in updates:
-        product = torch.dot(accumulate(delta).flatten(), accumulate(grad).flatten())
-        total = total.to(product.device) + product
+    for device, here in by_device.items():
+        products = torch.stack(
+            [
+                torch.dot(accumulate(delta).reshape(-1), accumulate(param.grad).reshape(-1))
+                for param, delta, _ in here
+            ]
+        )
+        alphas = torch.stack([torch.as_tensor(alpha, device=device) for _, _, alpha in here])
+        total = total.to(device) + (products.double() / alphas).sum()
     return total
 
 
-def _by_kind(updates: list[tuple[Tensor, Tensor, Tensor]]) -> list[list]:
-    kinds: dict[tuple, list] = {}
+def _by_kind(updates: list[Update]) -> list[list[Update]]:
+    kinds: dict[tuple, list[Update]] = {}
     for update in updates:
-        param, _, delta = update
-        kinds.setdefault((param.device, param.dtype, delta.dtype), []).append(update)
+        kind = (update.param.device, update.param.dtype, update.delta.dtype)
+        kinds.setdefault(kind, []).append(update)
     return list(kinds.values())
 
 
