@@ -26,3 +26,7 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.section("ratio to the best ordinary PyTorch, and share of the limit")
         for line in measure.table():
             terminalreporter.write_line(line)
+    if measure.REPORT.steps:
+        terminalreporter.section("a training step, and how many of the faster SGD's it costs")
+        for line in measure.steps_table():
+            terminalreporter.write_line(line)

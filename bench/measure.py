@@ -20,10 +20,11 @@ SECONDS_A_ROUND = 0.02  # how long each candidate runs in a round, at least once
 
 @dataclass
 class Report:
-    """What the summary prints; filled by compare()."""
+    """What the summary prints: ops, filled by compare(), and training steps."""
 
     brief: bool = False
     rows: list[dict] = field(default_factory=list)
+    steps: list[dict] = field(default_factory=list)
 
 
 REPORT = Report()
@@ -131,4 +132,18 @@ def table() -> list[str]:
         f"{torch.get_num_threads()} threads; limit: operations or bytes over these rates, "
         "measured with each row"
     )
+    return lines
+
+
+def steps_table() -> list[str]:
+    """Training steps, as lines of text: a row for each optimizer, a column for each batch."""
+    batches = sorted({row["batch"] for row in REPORT.steps})
+    lines = [f"{'optimizer':<12}" + "".join(f"{f'batch {batch}':>20}" for batch in batches)]
+    cells = {(row["optimizer"], row["batch"]): row for row in REPORT.steps}
+    for name in dict.fromkeys(row["optimizer"] for row in REPORT.steps):
+        line = f"{name:<12}"
+        for batch in batches:
+            row = cells[name, batch]
+            line += f"{row['ms']:>11.1f} ms{row['times_sgd']:>5.2f}x"
+        lines.append(line)
     return lines

@@ -1,15 +1,20 @@
 """What is trained: data, a model, a loss to minimize and an error to report.
 
-Both problems are deep autoencoders after Hinton & Salakhutdinov (2006), whose targets are their
-inputs. `curves` is drawn from a formula and `digits` ships with scikit-learn: nothing to download.
+All are deep autoencoders after Hinton & Salakhutdinov (2006), whose targets are their inputs.
+`curves` is drawn from a formula and `digits` ships with scikit-learn: nothing to download. `mnist`
+reads its standard files.
 """
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import math
+import os
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,6 +23,18 @@ from torch.nn import functional as F
 
 SIDE = 28
 """Height and width of a `curves` image, in pixels."""
+
+MNIST_FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+
+
+def default_data() -> Path:
+    """Where data is kept when no folder is given: fused_so in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fused_so"
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,16 +151,34 @@ def curve_images(
     return (levels / 255).astype(np.float32).reshape(count, SIDE * SIDE)
 
 
-def curves() -> Problem:
-    """20,000 + 10,000 synthetic curves, 784-400-200-100-50-25-6 and back."""
-    chunks = [curve_images(2000, seed) for seed in range(15)]  # a whole set at once takes GBs
-    images = torch.from_numpy(np.concatenate(chunks))
+def curves(data: Path) -> Problem:
+    """20,000 + 10,000 synthetic curves, 784-400-200-100-50-25-6 and back; kept in `data`."""
+    file = data / "curves-1.npy"
+    try:
+        levels = np.load(file)
+    except (OSError, ValueError):
+        # Chunks, because a whole set at once takes GBs.
+        images = np.concatenate([curve_images(2000, seed) for seed in range(15)])
+        levels = np.rint(255 * images).astype(np.uint8)
+        _keep(file, levels)
+    images = torch.from_numpy(levels.astype(np.float32) / 255)
     return _autoencoding(
         "curves", images, 20_000, (784, 400, 200, 100, 50, 25, 6, 25, 50, 100, 200, 400, 784)
     )
 
 
-def digits() -> Problem:
+def _keep(file: Path, array: np.ndarray) -> None:
+    """Saves it whole or not at all; a folder that cannot be written costs only the time."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_suffix(f".{os.getpid()}.npy")
+        np.save(unfinished, array)
+        unfinished.replace(file)
+    except OSError:
+        pass
+
+
+def digits(data: Path) -> Problem:
     """scikit-learn's 1,797 scanned 8x8 digits, shuffled, 1,500 to train; 64-128-64-32-10 and back.
 
     The rows are shuffled because the file's last ones were written by other people.
@@ -155,6 +190,39 @@ def digits() -> Problem:
     return _autoencoding(
         "digits", images[torch.from_numpy(order)], 1500, (64, 128, 64, 32, 10, 32, 64, 128, 64)
     )
+
+
+def mnist(data: Path) -> Problem:
+    """The 60,000 + 10,000 images of MNIST from `data`; 784-1000-500-250-30 and back.
+
+    Raises:
+        FileNotFoundError: naming the four files, gzipped or not, and those that are not there.
+        ValueError: a file is not what its name says.
+    """
+    found = {}
+    for name in MNIST_FILES:
+        candidates = (data / name, data / f"{name}.gz")
+        found[name] = next((file for file in candidates if file.is_file()), None)
+    missing = [name for name, file in found.items() if file is None]
+    if missing:
+        raise FileNotFoundError(
+            f"mnist needs the four files {', '.join(MNIST_FILES)} (or each with .gz) in {data}; "
+            f"not there: {', '.join(missing)}"
+        )
+    train, test = (idx_images(found[name]) for name in (MNIST_FILES[0], MNIST_FILES[2]))
+    images = torch.from_numpy(np.concatenate([train, test]).astype(np.float32) / 255)
+    widths = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
+    return _autoencoding("mnist", images, len(train), widths)
+
+
+def idx_images(file: Path) -> np.ndarray:
+    """The images of an IDX file, as rows of bytes."""
+    content = (gzip.open if file.suffix == ".gz" else open)(file, "rb").read()
+    magic, count, height, width = struct.unpack(">4I", content[:16].ljust(16, b"\0"))
+    whole = len(content) == 16 + count * height * width
+    if magic != 0x803 or (height, width) != (SIDE, SIDE) or not whole:
+        raise ValueError(f"{file} must be an IDX file of {SIDE} x {SIDE} images, but it is not")
+    return np.frombuffer(content, np.uint8, offset=16).reshape(count, height * width)
 
 
 def _autoencoding(name: str, images: Tensor, train_count: int, widths: Sequence[int]) -> Problem:
@@ -170,4 +238,8 @@ def _autoencoding(name: str, images: Tensor, train_count: int, widths: Sequence[
     )
 
 
-PROBLEMS: dict[str, Callable[[], Problem]] = {"curves": curves, "digits": digits}
+PROBLEMS: dict[str, Callable[[Path], Problem]] = {
+    "curves": curves,
+    "digits": digits,
+    "mnist": mnist,
+}

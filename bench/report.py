@@ -87,7 +87,7 @@ def table(runs: Sequence[Run]) -> str:
     evaluation at which a run was as good as the best of SGD's final training errors.
     """
     grouped = _by_optimizer(runs)
-    header = ["optimizer", "lr", "updates", "updates/s", "train error", "test error"]
+    header = ["optimizer", "lr", "updates", "seconds", "ms/step", "train error", "test error"]
     if "sgd" in grouped:
         target = min(run.final("train_error") for run in grouped["sgd"])
         header += [f"s to SGD's {target:.4g}", "updates to it"]
@@ -95,7 +95,8 @@ def table(runs: Sequence[Run]) -> str:
     for name, group in grouped.items():
         row = [name, _learning_rate(group[0])]
         row.append(_spread([run.final("updates") for run in group]))
-        row.append(_spread([run.updates_per_second for run in group]))
+        row.append(_spread([run.final("seconds") for run in group]))
+        row.append(_spread([1000 / max(run.updates_per_second, 1e-9) for run in group]))
         for error in ("train_error", "test_error"):
             row.append(_spread([run.final(error) for run in group]).replace("never", "diverged"))
         if "sgd" in grouped:

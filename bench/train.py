@@ -24,7 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 from bench.methods import METHODS
-from bench.problems import PROBLEMS, Problem
+from bench.problems import PROBLEMS, Problem, default_data
 from bench.report import environment, table, write
 from bench.training import EVALUATIONS, Budget, Run, evaluate, search, train, trials_of
 
@@ -103,6 +103,13 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="OPTIMIZER=RATE",
         help="fix a learning rate instead of searching it; may be repeated",
+    )
+    add(
+        "--data",
+        type=Path,
+        default=default_data(),
+        metavar="DIR",
+        help="where the files of mnist are, and curves are kept (default: %(default)s)",
     )
     add("--threads", type=_positive(int), help="torch.set_num_threads (default: torch's own)")
     add("--out", type=Path, default=Path("results"), help="folder for the files (default: results)")
@@ -190,7 +197,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
     _check(parser, arguments)
-    problem = PROBLEMS[arguments.problem]()
+    try:
+        problem = PROBLEMS[arguments.problem](arguments.data)
+    except (OSError, ValueError) as error:
+        parser.error(f"argument --data: {error}")
     if arguments.batch_size > len(problem.train):
         parser.error(
             f"argument --batch-size: {problem.name} has only {len(problem.train)} training examples"

@@ -10,8 +10,8 @@
 // does not depend on the number of threads: output tiles are shared out, and where k is split,
 // the parts depend on the shape alone and are added in order.
 //
-// 2 m n k operations (half for a symmetric product). Each block of depth 512 moves C once.
-// Scratch: at most 3 MiB for each operand.
+// 2 m n k operations (half for a symmetric product). Each block of depth 512 (256 in float64) moves
+// C once. Scratch, kept by the thread: at most 3 MiB for each operand, and 3 MiB where k is split.
 #pragma once
 
 #include <cstdint>
@@ -79,6 +79,7 @@ const Bits<S>* as_bits(const S* data) {
 // Packs the panel of `rows` (lanes) first .. first + width of x, all its columns (depth).
 template <class T, class S>
 void pack(PackPanel<T, Bits<S>> pack_panel, const Matrix<S>& x, int64_t first, T* panel) {
+  if (x.cols == 0) return;  // there may be no memory behind it
   pack_panel(as_bits(x.data) + first * x.row_stride, x.row_stride, x.col_stride, x.rows - first,
              x.cols, x.u == nullptr ? x.u : x.u + first, x.v, panel);
 }

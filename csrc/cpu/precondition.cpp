@@ -31,7 +31,7 @@ void scaled_copy(T scale, const Matrix<S>& x, T* y) {
   const bool subtract = x.u != nullptr || x.v != nullptr;
   const int64_t rows_a_task = std::max<int64_t>(1, (1 << 13) / std::max<int64_t>(1, x.cols));
   const Threads threads = x.rows * x.cols > (1 << 15) ? Threads::kAll : Threads::kOne;
-  for_each_task((x.rows + rows_a_task - 1) / rows_a_task, threads, [&](int64_t task) {
+  for_each_task(gemm_detail::divide_up(x.rows, rows_a_task), threads, [&](int64_t task) {
     const int64_t end = std::min(x.rows, (task + 1) * rows_a_task);
     for (int64_t i = task * rows_a_task; i < end; ++i) {
       const T u = !subtract ? T(0) : x.u == nullptr ? T(1) : x.u[i];
@@ -50,9 +50,9 @@ void multiply_both_sides(T scale, const Matrix<S>& x, const std::optional<Tensor
   if (!a && !go) return scaled_copy(scale, x, to);
   if (!go) return gemm(scale, x, view<T>(*a), T(0), to, in, Threads::kAll);
   if (!a) return gemm(scale, view<T>(*go), x, T(0), to, in, Threads::kAll);
-  std::vector<T> between(out * in);
-  gemm(scale, x, view<T>(*a), T(0), between.data(), in, Threads::kAll);
-  gemm(T(1), view<T>(*go), view(between.data(), out, in, in), T(0), to, in, Threads::kAll);
+  Tensor between = torch::stable::new_empty(dw, {out, in});
+  gemm(scale, x, view<T>(*a), T(0), write<T>(between), in, Threads::kAll);
+  gemm(T(1), view<T>(*go), view<T>(between), T(0), to, in, Threads::kAll);
 }
 
 std::tuple<Tensor, Tensor> precondition(Tensor grad_weight, Tensor grad_bias, Tensor mean,

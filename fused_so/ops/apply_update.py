@@ -72,8 +72,8 @@ def apply_update_(
             raise ValueError(f"{name} must hold {count} tensors ({rule}), got {len(tensors)}")
     if not _match(params, updates, buffers):
         _raise_unless_matching(params, updates, buffers)
-    if len({id(param) for param in params}) < len(params):
-        raise ValueError("params must hold each tensor once, got one of them twice")
+    if len({id(tensor) for tensor in (*params, *buffers)}) < len(params) + len(buffers):
+        raise ValueError("params and momentum_buffers must hold each tensor once, got one twice")
     if not params:
         return
     if scale is not None:
@@ -100,14 +100,14 @@ def _match(params: list, updates: list, buffers: list) -> bool:
     param, update = params[0], updates[0]
     dtype, device, wide = param.dtype, param.device, accumulate_dtype(param.dtype)
     return (
-        dtype in _check.FLOATING
+        all(t.layout == torch.strided for t in (*params, *updates, *buffers))
+        and dtype in _check.FLOATING
         and update.dtype in (dtype, wide)
         and all(p.dtype == dtype and p.device == device and p.is_contiguous() for p in params)
         and all(u.dtype == update.dtype and u.device == device for u in updates)
         and all(b.dtype == wide and b.device == device and b.is_contiguous() for b in buffers)
         and all(p.shape == t.shape for p, t in zip(params, updates, strict=True))
         and (not buffers or all(p.shape == b.shape for p, b in zip(params, buffers, strict=True)))
-        and all(t.layout == torch.strided for t in (*params, *updates, *buffers))
     )
 
 

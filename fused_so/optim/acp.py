@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from fused_so import ops
-from fused_so._dtypes import accumulate_dtype
 from fused_so.optim.kronecker import KroneckerOptimizer, Layer, check_number
 
 HEURISTICS = ("rms_gradient", "max_squared_gradient")
@@ -34,8 +33,9 @@ class ACP(KroneckerOptimizer):
     Args:
         model: the module to train. Its nn.Linear layers are preconditioned; every other
             parameter takes momentum SGD with the same lr and bound, and a warning lists them.
-        lr: the learning rate, >= 0. While max_norm = 1 binds, a step moves the preactivations by
-            lr in the root mean square over examples, whatever the scale of the loss.
+        lr: the learning rate, >= 0. While max_norm = 1 binds, an update before momentum moves the
+            preactivations of a param group by lr: the root of the sum of squares over units, of
+            the mean over examples; whatever the scale of the loss.
         alpha: the scale of the curvature with respect to a layer's output: a number > 0 for all
             layers, or an estimate per layer and batch from each example's largest derivative of
             its loss with respect to an output of the layer. "max_squared_gradient" is that of the
@@ -43,7 +43,7 @@ class ACP(KroneckerOptimizer):
             their root mean square, as in RMSprop and Adam: an estimate by squares vanishes faster
             than the gradient as the fit improves, and so lengthens the step. Either falls by at
             most 2.5% a step, so that a well fitted batch does not stretch the next steps.
-        damping: epsilon >= 0, in the units of the curvature; it is divided by alpha.
+        damping: epsilon >= 0, in units of alpha times a squared input; it is divided by alpha.
         relative_damping: delta >= 0, relative to the mean variance of the layer's inputs. It
             keeps directions that the batches seen so far do not span from exploding.
         momentum: of the preconditioned updates, in [0, 1].
@@ -136,7 +136,7 @@ class ACP(KroneckerOptimizer):
         if alpha in HEURISTICS and g.numel():
             batch = layer.batch
             # max_j |d loss_i / d a_ij|
-            largest = g.abs().amax(1).to(accumulate_dtype(g.dtype))
+            largest = g.abs().amax(1).double()  # whose squares do not overflow
             batch["rows"] = batch.get("rows", 0) + len(largest)
             if alpha == "rms_gradient":
                 batch["sum"] = batch.get("sum", 0.0) + largest.dot(largest)
@@ -150,7 +150,8 @@ class ACP(KroneckerOptimizer):
         due = [
             layer
             for layer in observed
-            if self.due(layer.group["inverse_every"]) or "inverse" not in layer.state
+            if "alpha" in layer.state
+            and (self.due(layer.group["inverse_every"]) or "inverse" not in layer.state)
         ]
         for same in _by_kind(due):
             self._invert(same)
@@ -159,10 +160,18 @@ class ACP(KroneckerOptimizer):
         state = layer.state
         if "inverse" not in state:
             return None
-        # Algorithm 4, lines 13 and 14, with the bias as in eq. 6.2.5.
-        return ops.precondition(
-            *layer.gradients(), state["mean"], state["inverse"], alpha=state["alpha"]
-        )
+        mean, inverse, alpha = state["mean"], state["inverse"], state["alpha"]
+        grad_weight, grad_bias = layer.gradients()
+        rows = self.gradient_rows(layer)
+        if rows is None:
+            # Algorithm 4, lines 13 and 14, with the bias as in eq. 6.2.5.
+            return ops.precondition(grad_weight, grad_bias, mean, inverse, alpha=alpha)
+        # The same in fewer operations: dW = c/alpha g^T ((h - 1 m^T) A).
+        h, g, scale = rows
+        moves_bias = layer.bias is not None and layer.bias.grad is not None
+        ones = torch.full_like(h[:, 0], float(moves_bias))
+        dw = g.T @ ops.precondition(h, ones, mean, inverse, alpha=alpha / scale)[0]
+        return dw, grad_bias / alpha - dw @ mean
 
     def curvature_scale(self, layer: Layer) -> Tensor | float:
         return layer.state["alpha"]
@@ -187,6 +196,7 @@ class ACP(KroneckerOptimizer):
             alphas = torch.maximum(estimates, _ALPHA_DECAY * last)
             last = torch.where(last > 0, last, 1.0)
             alphas = torch.where(torch.isfinite(alphas) & (alphas > 0), alphas, last)
+            alphas = alphas.to(same[0].state["covariance"].dtype)
             for layer, alpha in zip(same, alphas.unbind(), strict=True):
                 layer.state["alpha"] = alpha
 
@@ -195,7 +205,8 @@ class ACP(KroneckerOptimizer):
         if self._loss_reduction == "mean":
             scale = batch["rows"]  # undo the loss's mean
         if self._grad_scaler is not None and self._grad_scaler._scale is not None:
-            scale = scale / self._grad_scaler._scale  # get_scale() would synchronize
+            # get_scale() would synchronize
+            scale = scale / self._grad_scaler._scale.to(layer.state["covariance"].device)
         if layer.group["alpha"] == "rms_gradient":
             # alpha = sqrt(mean_i max_j (d loss_i / d a_ij)^2)
             return scale * (batch["sum"] / batch["rows"]).sqrt()

@@ -7,6 +7,7 @@ bounds the step, applies it, and resumes; an optimizer says what the factors are
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections import Counter
@@ -34,6 +35,7 @@ class Layer:
     group: dict[str, Any] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
     batch: dict[str, Any] = field(default_factory=dict)
+    prefers_rows: bool = False
 
     @property
     def bias(self) -> nn.Parameter | None:
@@ -53,6 +55,14 @@ class Layer:
         if bias is None or bias.grad is None:
             return weight.grad, weight.grad.new_zeros(weight.shape[0])
         return weight.grad, bias.grad
+
+    def keep_rows(self, h: Tensor, g: Tensor) -> None:
+        """Keeps h (n, in) and g (n, out) until the step if g^T (h A) takes less than (g^T h) A."""
+        n, width, height = h.shape[0], h.shape[1], g.shape[1]
+        self.prefers_rows = n * (width + height) < width * height
+        once = "kept_rows" not in self.batch
+        usable = h.dtype == g.dtype == accumulate_dtype(g.dtype)
+        self.batch["kept_rows"] = (h, g) if self.prefers_rows and once and usable else None
 
 
 class Update(NamedTuple):
@@ -127,6 +137,26 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         """The update of weight and bias, or None while the layer has no statistics."""
         raise NotImplementedError
 
+    def gradient_rows(self, layer: Layer) -> tuple[Tensor, Tensor, Tensor] | None:
+        """h, g and c with the layer's weight gradient = c g^T h, where both are known to agree.
+
+        A loss may use a weight in other ways, several backward passes may have met, and
+        gradients may have been clipped (c) or changed. So both sides are multiplied by one random
+        vector and compared, and p.grad is what counts. None where that would mean waiting.
+        """
+        rows, gradient = layer.batch.get("kept_rows"), layer.module.weight.grad
+        if rows is None or rows[0].dtype != gradient.dtype:
+            return None
+        h, g = rows
+        probe = _probe(h.shape[1], h.dtype, h.device)
+        product, weights = gradient @ probe, h @ probe
+        expected = g.T @ weights
+        scale = product.dot(expected) / expected.dot(expected)
+        # Rounding, in a sum of n products that may nearly cancel.
+        rounding = 8 * torch.finfo(h.dtype).eps * (g.abs().T @ weights.abs()).norm()
+        agree = (product - scale * expected).norm() <= scale.abs() * rounding
+        return (h, g, scale) if self._readback.at_once(agree) else None
+
     def curvature_scale(self, layer: Layer) -> Tensor | float:
         """alpha in the layer's metric F = alpha A (x) I, with A that of its inputs."""
         return 1.0
@@ -144,9 +174,8 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         self._readback.poll()
         self.refresh([layer for layer in self._layers if layer.module.weight.grad is not None])
         for group in self.param_groups:
-            layered, plain = self._updates(group)
-            bounds = self._bounds(group, layered, plain)
-            for updates, bound in zip((layered, plain), bounds, strict=True):
+            kinds = self._updates(group)
+            for updates, bound in zip(kinds, self._bounds(group, kinds), strict=True):
                 self._apply(group, updates, bound)
 
         self._steps += 1
@@ -155,8 +184,8 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         self._choose_what_to_capture()
         return loss
 
-    def _updates(self, group: dict[str, Any]) -> tuple[list[Update], list[Update]]:
-        """The updates of the preconditioned and of the other parameters."""
+    def _updates(self, group: dict[str, Any]) -> list[list[Update]]:
+        """The updates of the preconditioned and of the other parameters, where there are any."""
         layered, owned = [], set()
         for layer in self._layers:
             if layer.group is not group or layer.module.weight.grad is None:
@@ -183,7 +212,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
                     f"gradients must be dense, got layout {update.delta.layout} for a parameter of "
                     f"shape {tuple(update.param.shape)}; use nn.Embedding(sparse=False)"
                 )
-        return layered, plain
+        return [updates for updates in (layered, plain) if updates]
 
     def _apply(self, group: dict[str, Any], updates: list[Update], bound: Tensor) -> None:
         for same in _by_kind(updates):
@@ -204,14 +233,16 @@ class KroneckerOptimizer(torch.optim.Optimizer):
                 if updated.data_ptr() != param.data_ptr():
                     param.copy_(updated)
 
-    def _bounds(self, group: dict[str, Any], *updates: list[Update]) -> list[Tensor]:
+    def _bounds(self, group: dict[str, Any], kinds: list[list[Update]]) -> list[Tensor]:
         """The factors that keep the norms of the updates below max_norm.
 
         One for the preconditioned parameters, whose norm is the root mean square of the change
         of preactivations, and one for the others, in the identity metric; both are 0, which
         skips the step, if any gradient of the group is not finite.
         """
-        squares = [_squared_norm(of_one_kind) for of_one_kind in updates]
+        if not kinds:
+            return []
+        squares = [_squared_norm(updates) for updates in kinds]
         finite = torch.isfinite(sum(square.to(squares[0].device) for square in squares))
         self._readback.watch(finite, self._warn_unless_finite)
         factors = []
@@ -290,11 +321,12 @@ class KroneckerOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _observe(self, layer: Layer, h: Tensor, g: Tensor) -> None:
+        layer.keep_rows(h, g)
         self.observe(layer, h, g)
 
     def _choose_what_to_capture(self) -> None:
         for layer, capture in zip(self._layers, self._captures, strict=True):
-            capture.active = self.observes(layer)
+            capture.active = layer.prefers_rows or self.observes(layer)
 
     def due(self, every: int) -> bool:
         """Whether a job done every so many steps is due; at first at steps 0, 1, 2, 4, 8, ..."""
@@ -444,25 +476,24 @@ class KroneckerOptimizer(torch.optim.Optimizer):
                 )
 
 
+@functools.cache
+def _probe(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(size)
+    return torch.randn(size, dtype=dtype, generator=generator).to(device)
+
+
 def _squared_norm(updates: list[Update]) -> Tensor:
     """sum Delta^T (A (x) I) Delta, in float64 from products in the accumulate dtype.
 
     Delta = (alpha A (x) I)^-1 g, so that this is Delta^T g / alpha, without a product with A.
     """
-    by_device: dict[torch.device, list[Update]] = {}
-    for update in updates:
-        by_device.setdefault(update.delta.device, []).append(update)
-    total = torch.zeros((), dtype=torch.float64)
-    for device, here in by_device.items():
-        products = torch.stack(
-            [
-                torch.dot(accumulate(delta).reshape(-1), accumulate(param.grad).reshape(-1))
-                for param, delta, _ in here
-            ]
-        )
-        alphas = torch.stack([torch.as_tensor(alpha, device=device) for _, _, alpha in here])
-        total = total.to(device) + (products.double() / alphas).sum()
-    return total
+    squares: dict[torch.device, list[Tensor]] = {}
+    for param, delta, alpha in updates:
+        grad = accumulate(param.grad).reshape(-1)
+        square = torch.dot(accumulate(delta).reshape(-1), grad) / alpha
+        squares.setdefault(square.device, []).append(square)
+    first, *others = (torch.stack(here).sum(dtype=torch.float64) for here in squares.values())
+    return sum((other.to(first.device) for other in others), first)
 
 
 def _by_kind(updates: list[Update]) -> list[list[Update]]:

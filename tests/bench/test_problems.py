@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
+import struct
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from bench import problems
 from bench.problems import (
+    MNIST_FILES,
     PROBLEMS,
     autoencoder,
     cross_entropy,
@@ -15,12 +21,33 @@ from bench.problems import (
     squared_error,
 )
 
-SIZES = {"curves": (20_000, 10_000, 784), "digits": (1500, 297, 64)}
+SIZES = {
+    "curves": (20_000, 10_000, 784),
+    "digits": (1500, 297, 64),
+    "mnist": (300, 200, 784),
+}
+
+
+def write_mnist(folder, train: int, test: int) -> None:
+    """Files of MNIST's formats, of random pixels; the last two gzipped."""
+    random = np.random.default_rng(0)
+    for name, count in zip(MNIST_FILES, (train, train, test, test), strict=True):
+        if "images" in name:
+            content = struct.pack(">4I", 0x803, count, 28, 28) + random.bytes(count * 784)
+        else:
+            content = struct.pack(">2I", 0x801, count) + bytes(count)
+        if "t10k" in name:
+            (folder / f"{name}.gz").write_bytes(gzip.compress(content))
+        else:
+            (folder / name).write_bytes(content)
 
 
 @pytest.fixture(scope="module", params=list(PROBLEMS))
-def problem(request):
-    return PROBLEMS[request.param]()
+def problem(request, tmp_path_factory):
+    data = tmp_path_factory.mktemp("data")
+    if request.param == "mnist":
+        write_mnist(data, *SIZES["mnist"][:2])
+    return PROBLEMS[request.param](data)
 
 
 def test_shapes_and_ranges(problem):
@@ -62,7 +89,38 @@ def test_parameters_depend_on_the_seed_alone(problem):
 
 
 def test_digits_are_the_same_every_time():
-    assert torch.equal(PROBLEMS["digits"]().train.inputs, PROBLEMS["digits"]().train.inputs)
+    first, again = (PROBLEMS["digits"](None) for _ in range(2))
+    assert torch.equal(first.train.inputs, again.train.inputs)
+
+
+def test_curves_are_drawn_once_and_kept(tmp_path, monkeypatch):
+    drawn = PROBLEMS["curves"](tmp_path / "new").train.inputs
+    monkeypatch.delattr(problems, "curve_images")
+    assert torch.equal(PROBLEMS["curves"](tmp_path / "new").train.inputs, drawn)
+
+
+def test_mnist_reads_pixels_in_order(tmp_path):
+    write_mnist(tmp_path, 3, 2)
+    pixels = np.frombuffer((tmp_path / MNIST_FILES[0]).read_bytes(), np.uint8, offset=16)
+    expected = torch.from_numpy(pixels.reshape(3, 784).astype(np.float32)) / 255
+    assert torch.equal(PROBLEMS["mnist"](tmp_path).train.inputs, expected)
+
+
+def test_mnist_names_the_files_it_wants(tmp_path):
+    write_mnist(tmp_path, 3, 2)
+    (tmp_path / MNIST_FILES[1]).unlink()
+    with pytest.raises(FileNotFoundError, match=f"not there: {MNIST_FILES[1]}$") as caught:
+        PROBLEMS["mnist"](tmp_path)
+    assert all(name in str(caught.value) for name in MNIST_FILES)
+
+
+@pytest.mark.parametrize("damage", [lambda c: c[:-1], lambda c: b"", lambda c: b"\0\0" + c[2:5]])
+def test_mnist_refuses_a_damaged_file(tmp_path, damage):
+    write_mnist(tmp_path, 3, 2)
+    file = tmp_path / MNIST_FILES[0]
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(ValueError, match="must be an IDX file of 28 x 28 images"):
+        PROBLEMS["mnist"](tmp_path)
 
 
 def test_curves_depend_on_the_seed_alone():

@@ -29,7 +29,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def digits():
-    return PROBLEMS["digits"]()
+    return PROBLEMS["digits"](None)
 
 
 @pytest.fixture(scope="module")

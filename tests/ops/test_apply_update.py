@@ -268,6 +268,23 @@ def test_bad_arguments_change_nothing(params, updates, buffers, rule, error, mes
     assert all(map(torch.equal, tensors, before))
 
 
+@pytest.mark.parametrize("layout", ["to_sparse_coo", "to_sparse_csr"])
+@pytest.mark.parametrize("place", ["params", "updates", "momentum_buffers"])
+def test_sparse_tensors_are_refused(place, layout):
+    lists = {name: [torch.ones(2, 2)] for name in ("params", "updates", "momentum_buffers")}
+    lists[place] = [getattr(torch.ones(2, 2), layout)()]
+    with pytest.raises(TypeError, match=rf"{place}\[0\] must be a dense \(strided\) tensor"):
+        apply_update_(*lists.values(), lr=1.0, momentum=0.9)
+
+
+def test_a_tensor_given_twice_is_refused():
+    a, b, c = (torch.ones(2) for _ in range(3))
+    for params, buffers in (([a, a], [b, c]), ([a, b], [c, c]), ([a, b], [c, a])):
+        with pytest.raises(ValueError, match="must hold each tensor once, got one twice"):
+            apply_update_(params, [torch.ones(2)] * 2, buffers, lr=1.0, momentum=0.9)
+    assert all(torch.equal(t, torch.ones(2)) for t in (a, b, c))
+
+
 # The CUDA kernel.
 
 

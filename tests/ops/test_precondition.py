@@ -66,14 +66,14 @@ def test_budget_around_the_tiles(out, width):
     check(out, width, torch.float32)
 
 
-@pytest.mark.parametrize("width", [255, 257, 383, 385, 700])
+@pytest.mark.parametrize("width", [255, 257, 511, 513, 700])
 def test_budget_around_the_blocks_of_depth(width):
     check(20, width, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
 @pytest.mark.parametrize("sides", ["input", "output", "both"])
-def test_budget_of_products_by_blas(sides, dtype):
+def test_budget_beyond_one_block_of_rows_and_columns(sides, dtype):
     check(1500, 517, dtype, sides=sides, alpha=0.3)
 
 

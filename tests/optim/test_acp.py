@@ -290,6 +290,43 @@ def test_clip_grad_norm_scales_the_step():
         torch.testing.assert_close(old - p, expected, rtol=1e-5, atol=1e-12)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("change", "from_rows"),
+    [("nothing", True), ("clip", True), ("penalty", False), ("two passes", False)],
+)
+def test_few_rows_are_preconditioned_before_their_product(change, from_rows, bias, monkeypatch):
+    """4 rows of a 30 -> 40 layer: n (in + out) < in out. p.grad is what counts all the same."""
+    models = [nn.Linear(30, 40, bias=bias, dtype=DOUBLE) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [fused_so.ACP(model, max_norm=None, alpha=2.0) for model in models]
+    taken = []
+    rows = optimizers[0].gradient_rows
+
+    def spy(layer):
+        taken.append(rows(layer))
+        return taken[-1]
+
+    monkeypatch.setattr(optimizers[0], "gradient_rows", spy)
+    monkeypatch.setattr(optimizers[1], "gradient_rows", lambda layer: None)
+    for _ in range(3):
+        x = torch.randn(4, 30, dtype=DOUBLE) + 1
+        for model, opt in zip(models, optimizers, strict=True):
+            opt.zero_grad()
+            for part in x.split(2) if change == "two passes" else [x]:
+                loss = model(part).square().sum()
+                if change == "penalty":
+                    loss = loss + 1e-3 * model.weight.square().sum()
+                loss.backward()
+            if change == "clip":
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            opt.step()
+        for p, q in zip(*(model.parameters() for model in models), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+        assert (taken[-1] is not None) == from_rows
+        assert not optimizers[0]._layers[0].batch
+
+
 def test_true_gradient_is_left_in_grad():
     model = chain(6, 5, 3)
     opt = fused_so.ACP(model)
@@ -518,6 +555,36 @@ def test_closure_form():
     loss = opt.step(lambda: backward(model, x))
     assert loss.item() > 0
     assert not torch.equal(model[0].weight, before[0])
+
+
+def test_a_dropped_first_batch_leaves_a_layer_unobserved():
+    first, last = nn.Linear(4, 3), nn.Linear(4, 2)
+    opt = fused_so.ACP(nn.ModuleList([first, last]))
+    x = torch.randn(8, 4)
+    (first(x).sum() + last(x).sum()).backward()
+    opt.zero_grad(set_to_none=False)
+    first(x).square().sum().backward()
+    before = [p.clone() for p in last.parameters()]
+    with pytest.warns(UserWarning, match="no batch of layer '1' was observed"):
+        opt.step()
+    assert all(torch.equal(p, q) for p, q in zip(before, last.parameters(), strict=True))
+
+
+def test_huge_and_tiny_losses_take_the_same_steps():
+    x = torch.randn(32, 6)
+    ends = []
+    for scale in (1e-18, 1.0, 1e18):
+        torch.manual_seed(0)
+        model = chain(6, 5, 3, dtype=torch.float32)
+        opt = fused_so.ACP(model, damping=0.0)
+        for _ in range(5):
+            opt.zero_grad()
+            (scale * model(x).square().mean()).backward()
+            opt.step()
+        ends.append(parameters(model))
+    for other in (ends[0], ends[2]):
+        for p, q in zip(ends[1], other, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
 
 
 def test_linear_whose_forward_never_runs_takes_the_plain_rule():

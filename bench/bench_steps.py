@@ -1,0 +1,91 @@
+"""Whole training steps on a deep autoencoder, as multiples of a step of SGD with momentum.
+
+A round is ROUND_STEPS steps of every optimizer, in blocks that take turns, so that it holds each
+one's amortized work in the right proportion: statistics every 10 steps, inverses every 100.
+"""
+
+import itertools
+import statistics
+import time
+
+import pytest
+import torch
+from torch import nn
+
+import fused_so
+from bench import measure
+
+# batch
+SIZES = [(1024,), (512,), (128,)]
+WIDTHS = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
+ROUNDS, ROUND_STEPS, BLOCK_STEPS = 3, 100, 10
+
+OPTIMIZERS = {
+    "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9),
+    "sgd fused": lambda model: torch.optim.SGD(
+        model.parameters(), lr=1e-4, momentum=0.9, fused=True
+    ),
+    "adam fused": lambda model: torch.optim.Adam(model.parameters(), lr=1e-5, fused=True),
+    "cgd": lambda model: fused_so.CGD(model, lr=1e-4),
+    "acp": lambda model: fused_so.ACP(model, lr=1e-4),
+}
+
+
+def autoencoder() -> nn.Sequential:
+    model = nn.Sequential()
+    for fan_in, fan_out in itertools.pairwise(WIDTHS):
+        model.extend([nn.Linear(fan_in, fan_out), nn.Tanh()])
+    return model[:-1]
+
+
+def stepper(name: str, x: torch.Tensor):
+    torch.manual_seed(0)
+    model = autoencoder()
+    optimizer = OPTIMIZERS[name](model)
+
+    def step():
+        optimizer.zero_grad()
+        loss = (torch.sigmoid(model(x)) - x).square().sum() / len(x)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+@pytest.mark.benchmark(group="steps")
+def test_steps(benchmark, size):
+    (batch,) = size
+    x = torch.rand(batch, WIDTHS[0])
+    steps = {name: stepper(name, x) for name in OPTIMIZERS}
+    rounds, round_steps = (1, BLOCK_STEPS) if measure.REPORT.brief else (ROUNDS, ROUND_STEPS)
+    # Beyond the first steps, in which statistics and inverses come more often.
+    for step in steps.values():
+        for _ in range(round_steps):
+            step()
+    seconds = {name: [] for name in steps}
+    for _ in range(rounds):
+        spent = dict.fromkeys(steps, 0.0)
+        for _ in range(round_steps // BLOCK_STEPS):
+            for name, step in steps.items():
+                start = time.perf_counter()
+                for _ in range(BLOCK_STEPS):
+                    step()
+                spent[name] += time.perf_counter() - start
+        for name, total in spent.items():
+            seconds[name].append(total / round_steps)
+
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    sgd = min(medians["sgd"], medians["sgd fused"])
+    rows = [
+        {
+            "batch": batch,
+            "optimizer": name,
+            "ms": medians[name] * 1e3,
+            "times_sgd": medians[name] / sgd,
+            "threads": torch.get_num_threads(),
+        }
+        for name in steps
+    ]
+    measure.REPORT.steps.extend(rows)
+    benchmark.extra_info["steps"] = rows
+    benchmark.pedantic(steps["acp"], rounds=1, iterations=1)
