@@ -2,6 +2,7 @@
 #if defined(__x86_64__)
 #include <cstdint>
 #pragma GCC target("avx2,fma")
+#define FUSED_SO_AVX2
 #include "common/microkernel_body.h"
 
 namespace fused_so {

@@ -3,6 +3,7 @@
 #if defined(__x86_64__)
 #include <cstdint>
 #pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")
+#define FUSED_SO_AVX512
 #include "common/microkernel_body.h"
 
 namespace fused_so {

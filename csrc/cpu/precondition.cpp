@@ -30,7 +30,7 @@ void scaled_copy(T scale, const Matrix<S>& x, T* y) {
   const auto& readers = gemm_detail::readers<T, S>(gemm_detail::microkernel<T>());
   const bool subtract = x.u != nullptr || x.v != nullptr;
   const int64_t rows_a_task = std::max<int64_t>(1, (1 << 13) / std::max<int64_t>(1, x.cols));
-  const Threads threads = x.rows * x.cols > (1 << 15) ? Threads::kAll : Threads::kOne;
+  const Threads threads = x.rows * x.cols > (1 << 17) ? Threads::kAll : Threads::kOne;
   for_each_task(gemm_detail::divide_up(x.rows, rows_a_task), threads, [&](int64_t task) {
     const int64_t end = std::min(x.rows, (task + 1) * rows_a_task);
     for (int64_t i = task * rows_a_task; i < end; ++i) {
@@ -76,7 +76,7 @@ std::tuple<Tensor, Tensor> precondition(Tensor grad_weight, Tensor grad_bias, Te
     T* const b = write<T>(db);
     // b is a difference of two products, and their rounding would show in it: in float64.
     const auto dot = gemm_detail::microkernel<T>().dot;
-    const Threads threads = out * (in + out) > (1 << 16) ? Threads::kAll : Threads::kOne;
+    const Threads threads = out * (in + out) > (1 << 18) ? Threads::kAll : Threads::kOne;
     for_each_task(out, threads, [&](int64_t i) {
       double step = bias[i];
       if (output_inverse) {

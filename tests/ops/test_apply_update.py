@@ -18,8 +18,8 @@ from fused_so.ops import apply_update_
 from tests.ops import budget
 
 ROOT = Path(__file__).parents[2]
-# Around a block's share on a GPU (2048), a chunk on the CPU (16384), and nothing at all.
-SHAPES = [(3, 4), (0,), (1,), (), (2047,), (2048,), (2049,), (5, 0, 2), (16384,), (130, 129)]
+# Around a block's share on a GPU (2048), a chunk on the CPU (65536), and nothing at all.
+SHAPES = [(3, 4), (0,), (1,), (), (2047,), (2048,), (2049,), (5, 0, 2), (65536,), (257, 256)]
 RULES = [
     {"lr": 0.1},
     {"lr": 0.1, "weight_decay": 0.01},
