@@ -18,7 +18,7 @@ from bench import measure
 # batch
 SIZES = [(1024,), (512,), (128,)]
 WIDTHS = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
-ROUNDS, ROUND_STEPS, BLOCK_STEPS = 3, 100, 10
+ROUNDS, ROUND_STEPS, BLOCK_STEPS = 2, 100, 10
 
 OPTIMIZERS = {
     "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9),

@@ -207,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # or it reports Ctrl-C as a failure
 
     budget, trial = _budgets(arguments)
     rates = dict(arguments.lr)
@@ -249,7 +249,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs = [run for run in runs if run.curve["seconds"]]
     if interrupted:
         print("interrupted: the last run is shorter than asked, and others may be missing")
-    if runs:
+    if not runs:
+        print("no run was measured: nothing is written")
+    else:
         print(table(runs))
         write(arguments.out, problem, vars(arguments), machine, searches, runs, interrupted)
         print(f"wrote {arguments.out / problem.name}.json and .png")

@@ -59,7 +59,7 @@ class ACP(KroneckerOptimizer):
             (a "KL clip" with lr outside, so that schedules act on clipped steps too). Longer
             updates are shortened; None for no bound.
         loss_reduction: "mean" if the loss is a mean over examples, "sum" if it is a sum. Only
-            the estimates of alpha depend on it.
+            "max_squared_gradient" depends on it.
         grad_scaler: the torch.amp.GradScaler in use, if any. Only the estimates of alpha, which
             see gradients before they are unscaled, depend on it.
         params: parameters or param groups; by default all of the model's that require a
@@ -93,6 +93,11 @@ class ACP(KroneckerOptimizer):
     ):
         if loss_reduction not in ("mean", "sum"):
             raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
+        if grad_scaler is not None and not isinstance(grad_scaler, torch.amp.GradScaler):
+            raise TypeError(
+                f"grad_scaler must be a torch.amp.GradScaler or None, got "
+                f"{type(grad_scaler).__name__}"
+            )
         self._loss_reduction = loss_reduction
         self._grad_scaler = grad_scaler
         options = {
@@ -202,14 +207,15 @@ class ACP(KroneckerOptimizer):
 
     def _estimate_alpha(self, layer: Layer) -> Tensor:
         batch, scale = layer.batch, 1.0
-        if self._loss_reduction == "mean":
-            scale = batch["rows"]  # undo the loss's mean
         if self._grad_scaler is not None and self._grad_scaler._scale is not None:
             # get_scale() would synchronize
             scale = scale / self._grad_scaler._scale.to(layer.state["covariance"].device)
         if layer.group["alpha"] == "rms_gradient":
-            # alpha = sqrt(mean_i max_j (d loss_i / d a_ij)^2)
-            return scale * (batch["sum"] / batch["rows"]).sqrt()
+            # alpha = sqrt(mean_i max_j (d loss_i / d a_ij)^2) for a mean over examples, whose
+            # 1/n is undone; for a sum n times that: the step is the same.
+            return scale * (batch["sum"] * batch["rows"]).sqrt()
+        if self._loss_reduction == "mean":
+            scale = scale * batch["rows"]
         # alpha = max_ij (d loss_i / d a_ij)^2
         return (scale * batch["max"]).square()
 

@@ -408,6 +408,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         self._readback.flush()
         return {
             **super().state_dict(),
+            "optimizer": type(self).__name__,
             "layers": self._layer_shapes(),
             "shapes": self._parameter_shapes(),
             "steps": self._steps,
@@ -449,10 +450,16 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         return [tuple(p.shape) for group in self.param_groups for p in group["params"]]
 
     def _check_checkpoint(self, state_dict: dict[str, Any]) -> None:
-        missing = {"state", "param_groups", "layers", "shapes", "steps"} - set(state_dict)
+        keys = {"state", "param_groups", "optimizer", "layers", "shapes", "steps"}
+        missing = keys - set(state_dict)
         if missing:
             raise ValueError(
                 f"state_dict must be one of {type(self).__name__}, but it lacks {sorted(missing)}"
+            )
+        if state_dict["optimizer"] != type(self).__name__:
+            raise ValueError(
+                f"state_dict must be one of {type(self).__name__}, got one of "
+                f"{state_dict['optimizer']}"
             )
         saved, own = dict(state_dict["layers"]), self._layer_shapes()
         for name in sorted(saved.keys() | own.keys()):

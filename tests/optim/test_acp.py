@@ -100,6 +100,8 @@ def test_alpha_is_estimated_per_layer_and_batch(heuristic, reduction):
             largest = gradient.square().amax(1)
             thesis = heuristic == "max_squared_gradient"
             batch = largest.max() if thesis else largest.mean().sqrt()
+            if reduction == "sum" and not thesis:
+                batch = 20 * batch
             # It rises at once and falls by 2.5% a step at most.
             expected[layer] = torch.maximum(batch, 0.975 * expected.get(layer, batch))
             torch.testing.assert_close(opt.state[layer.weight]["alpha"], expected[layer])
@@ -379,8 +381,12 @@ def test_checkpoint_of_another_architecture_is_refused_and_changes_nothing():
         other.load_state_dict(opt.state_dict())
     with pytest.raises(ValueError, match="lacks.*layers"):
         other.load_state_dict(torch.optim.SGD(model.parameters()).state_dict())
-    with pytest.raises(ValueError, match="options of ACP"):
+    with pytest.raises(ValueError, match="must be one of ACP, got one of CGD"):
         other.load_state_dict(fused_so.CGD(chain(6, 4, 3)).state_dict())
+    older = fused_so.ACP(chain(6, 4, 3)).state_dict()
+    del older["param_groups"][0]["max_norm"]
+    with pytest.raises(ValueError, match=r"options of ACP, but it lacks \['max_norm'\]"):
+        other.load_state_dict(older)
     for key, value in before.items():
         assert torch.equal(other.state[model[0].weight][key], value)
     assert other.state_dict()["steps"] == 1
@@ -570,6 +576,21 @@ def test_a_dropped_first_batch_leaves_a_layer_unobserved():
     assert all(torch.equal(p, q) for p, q in zip(before, last.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("max_norm", [1.0, None])
+def test_a_sum_over_examples_takes_the_steps_of_a_mean(max_norm):
+    x = torch.randn(32, 6, dtype=DOUBLE)
+    models = [chain(6, 5, 3), chain(6, 5, 3)]
+    models[1].load_state_dict(models[0].state_dict())
+    for model, n in zip(models, (32, 1), strict=True):
+        opt = fused_so.ACP(model, damping=0.0, max_norm=max_norm)
+        for _ in range(5):
+            opt.zero_grad()
+            (model(x).square().sum() / n).backward()
+            opt.step()
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
+
+
 def test_huge_and_tiny_losses_take_the_same_steps():
     x = torch.randn(32, 6)
     ends = []
@@ -614,6 +635,7 @@ def test_linear_whose_forward_never_runs_takes_the_plain_rule():
         ({"statistics_every": 0}, ValueError, "statistics_every must be .* >= 1, got 0"),
         ({"inverse_every": 2.5}, ValueError, "inverse_every must be .* >= 1, got 2.5"),
         ({"max_norm": 0}, ValueError, "max_norm must be positive, got 0"),
+        ({"grad_scaler": 1}, TypeError, "grad_scaler must be a torch.amp.GradScaler.* got int"),
         ({"loss_reduction": "none"}, ValueError, "loss_reduction must be .* got 'none'"),
     ],
 )
