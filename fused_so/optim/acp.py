@@ -131,6 +131,8 @@ class ACP(KroneckerOptimizer):
             if not whole or group[name] < 1:
                 raise ValueError(f"{name} must be a whole number >= 1, got {group[name]!r}")
 
+    uses_rows = True
+
     def observes(self, layer: Layer) -> bool:
         return layer.group["alpha"] in HEURISTICS or self._averages(layer)
 

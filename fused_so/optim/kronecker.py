@@ -114,6 +114,9 @@ class KroneckerOptimizer(torch.optim.Optimizer):
 
     # What an optimizer defines.
 
+    uses_rows = False
+    """Whether `precondition` asks for `gradient_rows`."""
+
     def check_group(self, group: dict[str, Any]) -> None:
         """Raises on an option out of range."""
         check_number("lr", group["lr"], 0.0)
@@ -142,7 +145,8 @@ class KroneckerOptimizer(torch.optim.Optimizer):
 
         A loss may use a weight in other ways, several backward passes may have met, and
         gradients may have been clipped (c) or changed. So both sides are multiplied by one random
-        vector and compared, and p.grad is what counts. None where that would mean waiting.
+        vector and compared, and p.grad is what counts. None on a GPU, where that would mean
+        waiting for it.
         """
         rows, gradient = layer.batch.get("kept_rows"), layer.module.weight.grad
         if rows is None or rows[0].dtype != gradient.dtype:
@@ -155,7 +159,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         # Rounding, in a sum of n products that may nearly cancel.
         rounding = 8 * torch.finfo(h.dtype).eps * (g.abs().T @ weights.abs()).norm()
         agree = (product - scale * expected).norm() <= scale.abs() * rounding
-        return (h, g, scale) if self._readback.at_once(agree) else None
+        return (h, g, scale) if agree else None
 
     def curvature_scale(self, layer: Layer) -> Tensor | float:
         """alpha in the layer's metric F = alpha A (x) I, with A that of its inputs."""
@@ -321,7 +325,8 @@ class KroneckerOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _observe(self, layer: Layer, h: Tensor, g: Tensor) -> None:
-        layer.keep_rows(h, g)
+        if self.uses_rows and not self._readback.waits_for(h):
+            layer.keep_rows(h, g)
         self.observe(layer, h, g)
 
     def _choose_what_to_capture(self) -> None:

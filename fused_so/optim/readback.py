@@ -19,7 +19,7 @@ class Readback:
         self._pending: list[tuple[torch.cuda.Event, Tensor, Callable[[Tensor], None]]] = []
 
     def watch(self, value: Tensor, callback: Callable[[Tensor], None]) -> None:
-        if value.device.type != "cuda":
+        if not self.waits_for(value):
             callback(value)
             return
         on_host = value.to("cpu", non_blocking=True)
@@ -27,9 +27,10 @@ class Readback:
         arrived.record(torch.cuda.current_stream(value.device))
         self._pending.append((arrived, on_host, callback))
 
-    def at_once(self, value: Tensor) -> Tensor | None:
-        """The value, if knowing it takes no waiting."""
-        return None if value.device.type == "cuda" else value
+    @staticmethod
+    def waits_for(value: Tensor) -> bool:
+        """Whether knowing the value on the host takes waiting for it."""
+        return value.device.type == "cuda"
 
     def poll(self) -> None:
         waiting, self._pending = self._pending, []

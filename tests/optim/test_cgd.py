@@ -64,3 +64,10 @@ def test_bad_options_are_named():
         fused_so.CGD(nn.Linear(2, 2), lr=-1)
     with pytest.raises(ValueError, match="max_norm must be positive, got 0"):
         fused_so.CGD(nn.Linear(2, 2), max_norm=0)
+
+
+def test_no_activation_is_kept_for_the_step():
+    model = nn.Linear(30, 40)
+    opt = fused_so.CGD(model)
+    model(torch.randn(4, 30)).sum().backward()
+    assert "kept_rows" not in opt._layers[0].batch
