@@ -4,16 +4,15 @@ A round is ROUND_STEPS steps of every optimizer, in blocks that take turns, so t
 one's amortized work in the right proportion: statistics every 10 steps, inverses every 100.
 """
 
-import itertools
 import statistics
 import time
 
 import pytest
 import torch
-from torch import nn
 
 import fused_so
 from bench import measure
+from bench.problems import autoencoder
 
 # batch
 SIZES = [(1024,), (512,), (128,)]
@@ -31,16 +30,8 @@ OPTIMIZERS = {
 }
 
 
-def autoencoder() -> nn.Sequential:
-    model = nn.Sequential()
-    for fan_in, fan_out in itertools.pairwise(WIDTHS):
-        model.extend([nn.Linear(fan_in, fan_out), nn.Tanh()])
-    return model[:-1]
-
-
 def stepper(name: str, x: torch.Tensor):
-    torch.manual_seed(0)
-    model = autoencoder()
+    model = autoencoder(WIDTHS, 0)
     optimizer = OPTIMIZERS[name](model)
 
     def step():

@@ -1,6 +1,6 @@
 // The whole parameter update of many tensors in one parallel region.
 // Per element 6 operations; 20 bytes in float32 with momentum (reads p, Delta, v; writes p, v):
-// bound by memory. Reached: the rate of a copy, as SGD(fused=True).
+// bound by memory.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 

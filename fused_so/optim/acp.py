@@ -72,6 +72,8 @@ class ACP(KroneckerOptimizer):
             raised a thousandfold.
     """
 
+    uses_rows = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -130,8 +132,6 @@ class ACP(KroneckerOptimizer):
             whole = isinstance(group[name], int) and not isinstance(group[name], bool)
             if not whole or group[name] < 1:
                 raise ValueError(f"{name} must be a whole number >= 1, got {group[name]!r}")
-
-    uses_rows = True
 
     def observes(self, layer: Layer) -> bool:
         return layer.group["alpha"] in HEURISTICS or self._averages(layer)
