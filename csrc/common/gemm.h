@@ -11,7 +11,7 @@
 // the parts depend on the shape alone and are added in order.
 //
 // 2 m n k operations (half for a symmetric product). Each block of depth 512 (256 in float64) moves
-// C once. Scratch, kept by the thread: at most 3 MiB for each operand, and 3 MiB where k is split.
+// C once. Scratch, kept by the threads: at most 3 MiB for each operand, and 3 MiB where k is split.
 #pragma once
 
 #include <cstdint>
@@ -236,6 +236,37 @@ int64_t count_parts(int64_t m, int64_t n, int64_t k) {
   return std::max<int64_t>(1, std::min({kMaxParts, k / 256, fit}));
 }
 
+// C cut into blocks, one for each worker.
+struct Grid {
+  int64_t rows = 1, cols = 1;          // how many blocks
+  int64_t row_step = 0, col_step = 0;  // their size
+};
+
+// Workers that pack their own operands wait for nobody and fetch no panels from each other's
+// caches, but what they share is packed more than once. A grid of one block: it does not pay, or
+// takes more scratch than sharing.
+template <class T>
+Grid choose_grid(int64_t m, int64_t n, int64_t k, int64_t workers) {
+  // Packing an entry, as a number of multiplications: measured; A's are transposed on the way.
+  constexpr int64_t kPackA = 40, kPackB = 10;
+  const auto cost = [](int64_t rows, int64_t cols) {
+    return rows * cols + kPackA * rows + kPackB * cols;
+  };
+  const Microkernel<T>& kernel = microkernel<T>();
+  Grid best;
+  int64_t least = cost(m, n) / workers * 5 / 4;
+  for (int64_t rows = 1; rows <= workers; ++rows) {
+    const int64_t cols = workers / rows;
+    const int64_t row_step = divide_up(divide_up(m, rows), kernel.mr) * kernel.mr;
+    const int64_t col_step = divide_up(divide_up(n, cols), kernel.nr) * kernel.nr;
+    const int64_t block = cost(std::min(m, row_step), std::min(n, col_step));
+    const int64_t entries = (row_step + col_step) * std::min(k, kDepth<T>) * workers;
+    const bool fits = entries * static_cast<int64_t>(sizeof(T)) <= 2 * kScratchBytes;
+    if (fits && block < least) best = {rows, cols, row_step, col_step}, least = block;
+  }
+  return best;
+}
+
 template <class T, class SA, class SB, class Finish = NoFinish>
 void run(T alpha, const Matrix<SA>& a, const Matrix<SB>& b, T beta, const Target<T>& target,
          Threads threads, const Finish& finish = {}) {
@@ -244,7 +275,20 @@ void run(T alpha, const Matrix<SA>& a, const Matrix<SB>& b, T beta, const Target
   // Waking the threads costs more than a small product.
   if (m * n * k < kSmallProduct) threads = Threads::kOne;
   const int64_t parts = threads == Threads::kOne ? 1 : count_parts<T>(m, n, k);
-  if (parts == 1) return multiply(alpha, a, b, beta, target, threads, finish);
+  if (parts == 1) {
+    const Grid grid = target.lower ? Grid{} : choose_grid<T>(m, n, k, count_workers(threads));
+    const int64_t blocks = grid.rows * grid.cols;
+    if (blocks == 1) return multiply(alpha, a, b, beta, target, threads, finish);
+    for_each_task(blocks, threads, [&](int64_t task) {
+      const int64_t row = task / grid.cols * grid.row_step, rows = std::min(grid.row_step, m - row);
+      const int64_t col = task % grid.cols * grid.col_step, cols = std::min(grid.col_step, n - col);
+      if (rows <= 0 || cols <= 0) return;
+      multiply(alpha, a.block(row, 0, rows, k), b.block(0, col, k, cols), beta,
+               target.block(row, col), Threads::kOne,
+               [&](int64_t i, int64_t j, int64_t r, int64_t c) { finish(row + i, col + j, r, c); });
+    });
+    return;
+  }
 
   const int64_t stride = divide_up(m * n, 16) * 16;
   T* const partials = thread_scratch<T, kPartials>(parts * stride);

@@ -219,17 +219,16 @@ void transpose_lanes(const S* source, int64_t lane_stride, int64_t lanes, int64_
     for (int block = 0; block < Width / V; ++block) {
       const S* from = source + block * V * lane_stride + p;
       const int64_t present = lanes - block * V, slices = depth - p;
-      Vector<T, V> rows[V] = {};
-      if (present >= V && slices >= V) {
+      Vector<T, V> rows[V];
 #pragma GCC unroll 16
-        for (int i = 0; i < V; ++i) {
+      for (int i = 0; i < V; ++i) {
+        if (i >= present) {
+          rows[i] = Vector<T, V>{};
+        } else if (slices >= V) {
           rows[i] = load<T, V>(from + i * lane_stride);
           __builtin_prefetch(from + i * lane_stride + 4 * V);
-        }
-      } else {
-#pragma GCC unroll 16
-        for (int i = 0; i < V; ++i) {
-          if (i < present) rows[i] = load_some<T, V>(from + i * lane_stride, slices);
+        } else {
+          rows[i] = load_some<T, V>(from + i * lane_stride, slices);
         }
       }
       transpose<T, V>(rows);

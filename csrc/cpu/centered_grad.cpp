@@ -10,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "common/allocate.h"
 #include "common/column_sums.h"
 #include "common/gemm.h"
 
@@ -24,9 +25,9 @@ void divide(const std::vector<double>& sums, double divisor, T* to) {
 std::tuple<Tensor, Tensor, Tensor> centered_grad(Tensor g, Tensor h) {
   const int64_t n = g.size(0), out = g.size(1), in = h.size(1);
   const ScalarType type = accumulate_type(g.scalar_type());
-  Tensor grad_weight = torch::stable::new_empty(g, {out, in}, type);
-  Tensor grad_bias = torch::stable::new_empty(g, {out}, type);
-  Tensor mean = torch::stable::new_empty(g, {in}, type);
+  Tensor grad_weight = empty_on_cpu({out, in}, type);
+  Tensor grad_bias = empty_on_cpu({out}, type);
+  Tensor mean = empty_on_cpu({in}, type);
   with_type(g.scalar_type(), [&](auto tag) {
     using S = typename decltype(tag)::type;
     using T = Accumulate<S>;

@@ -11,6 +11,7 @@
 #include <tuple>
 #include <vector>
 
+#include "common/allocate.h"
 #include "common/column_sums.h"
 #include "common/gemm.h"
 
@@ -35,8 +36,8 @@ void scatter(T alpha, const Matrix<S>& h, const T* mean, T beta, const Tensor& c
 std::tuple<Tensor, Tensor> covariance(Tensor h, bool centered) {
   const int64_t n = h.size(0), d = h.size(1);
   const ScalarType type = accumulate_type(h.scalar_type());
-  Tensor cov = torch::stable::new_empty(h, {d, d}, type);
-  Tensor mean = torch::stable::new_empty(h, {d}, type);
+  Tensor cov = empty_on_cpu({d, d}, type);
+  Tensor mean = empty_on_cpu({d}, type);
   if (n == 0) {
     torch::stable::zero_(cov);
     torch::stable::zero_(mean);
@@ -83,7 +84,7 @@ bool mix(const Tensor& cov, const Tensor& mean, const Tensor& h, double decay, b
 }
 
 Tensor covariance_(Tensor cov, Tensor mean, Tensor h, double decay, bool centered) {
-  Tensor accepted = torch::stable::new_empty(h, {}, ScalarType::Bool);
+  Tensor accepted = empty_on_cpu({}, ScalarType::Bool);
   *static_cast<bool*>(accepted.mutable_data_ptr()) = with_type(h.scalar_type(), [&](auto tag) {
     return mix<typename decltype(tag)::type>(cov, mean, h, decay, centered);
   });

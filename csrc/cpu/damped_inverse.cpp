@@ -18,6 +18,7 @@
 #include <tuple>
 #include <vector>
 
+#include "common/allocate.h"
 #include "common/dispatch.h"
 #include "common/gemm.h"
 #include "common/matrix.h"
@@ -217,8 +218,8 @@ void invert_all(const Tensor& a, const Tensor& damping, const Tensor& inverse, c
 }
 
 std::tuple<Tensor, Tensor> damped_inverse(Tensor a, Tensor damping) {
-  Tensor inverse = torch::stable::new_empty(a, a.sizes(), accumulate_type(a.scalar_type()));
-  Tensor info = torch::stable::new_empty(damping, damping.sizes(), ScalarType::Int);
+  Tensor inverse = empty_on_cpu(a.sizes(), accumulate_type(a.scalar_type()));
+  Tensor info = empty_on_cpu(damping.sizes(), ScalarType::Int);
   if (!damping.is_contiguous()) damping = torch::stable::contiguous(damping);
   if (info.numel() != 0) {
     with_type(a.scalar_type(), [&](auto tag) {

@@ -11,6 +11,7 @@
 #include <tuple>
 #include <vector>
 
+#include "common/allocate.h"
 #include "common/gemm.h"
 
 namespace fused_so {
@@ -50,7 +51,7 @@ void multiply_both_sides(T scale, const Matrix<S>& x, const std::optional<Tensor
   if (!a && !go) return scaled_copy(scale, x, to);
   if (!go) return gemm(scale, x, view<T>(*a), T(0), to, in, Threads::kAll);
   if (!a) return gemm(scale, view<T>(*go), x, T(0), to, in, Threads::kAll);
-  Tensor between = torch::stable::new_empty(dw, {out, in});
+  Tensor between = empty_on_cpu({out, in}, dw.scalar_type());
   gemm(scale, x, view<T>(*a), T(0), write<T>(between), in, Threads::kAll);
   gemm(T(1), view<T>(*go), view<T>(between), T(0), to, in, Threads::kAll);
 }
@@ -61,8 +62,8 @@ std::tuple<Tensor, Tensor> precondition(Tensor grad_weight, Tensor grad_bias, Te
                                         std::optional<Tensor> alpha) {
   const int64_t out = grad_weight.size(0), in = grad_weight.size(1);
   const ScalarType type = accumulate_type(grad_weight.scalar_type());
-  Tensor dw = torch::stable::new_empty(grad_weight, {out, in}, type);
-  Tensor db = torch::stable::new_empty(grad_weight, {out}, type);
+  Tensor dw = empty_on_cpu({out, in}, type);
+  Tensor db = empty_on_cpu({out}, type);
   with_type(grad_weight.scalar_type(), [&](auto tag) {
     using S = typename decltype(tag)::type;
     using T = Accumulate<S>;

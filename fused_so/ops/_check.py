@@ -27,12 +27,14 @@ def shape(name: str, value: Tensor, expected: tuple[int | str, ...]) -> None:
     got = value.shape
     if got == expected:
         return
-    fits = len(got) == len(expected) and all(
-        isinstance(want, str) or size == want for size, want in zip(got, expected, strict=True)
-    )
-    if not fits:
-        wanted = ", ".join(str(size) for size in expected)
-        raise ValueError(f"{name} must have shape ({wanted}), got {tuple(got)}")
+    if len(got) == len(expected):
+        for size, want in zip(got, expected, strict=True):
+            if size != want and not isinstance(want, str):
+                break
+        else:
+            return
+    wanted = ", ".join(str(size) for size in expected)
+    raise ValueError(f"{name} must have shape ({wanted}), got {tuple(got)}")
 
 
 def mutated(*tensors: Tensor) -> None:
@@ -41,22 +43,18 @@ def mutated(*tensors: Tensor) -> None:
         torch.autograd.graph.increment_version(tensors)
 
 
-def same_device(**tensors: Tensor) -> None:
-    first = next(iter(tensors))
-    device = tensors[first].device
-    for name, value in tensors.items():
-        if value.device != device:
-            raise ValueError(
-                f"{name} must be on the device of {first}, {device}, got {value.device}"
-            )
+def same_device(name: str, value: Tensor, source_name: str, source: Tensor) -> None:
+    if value.device != source.device:
+        raise ValueError(
+            f"{name} must be on the device of {source_name}, {source.device}, got {value.device}"
+        )
 
 
-def same_dtype(**tensors: Tensor) -> None:
-    first = next(iter(tensors))
-    dtype = tensors[first].dtype
-    for name, value in tensors.items():
-        if value.dtype != dtype:
-            raise TypeError(f"{name} must have the dtype of {first}, {dtype}, got {value.dtype}")
+def same_dtype(name: str, value: Tensor, source_name: str, source: Tensor) -> None:
+    if value.dtype != source.dtype:
+        raise TypeError(
+            f"{name} must have the dtype of {source_name}, {source.dtype}, got {value.dtype}"
+        )
 
 
 def accumulates(name: str, value: Tensor, source_name: str, source: Tensor) -> None:

@@ -79,7 +79,7 @@ def apply_update_(
     if scale is not None:
         _check.shape("scale", scale, ())
         _check.accumulates("scale", scale, "params", params[0])
-        _check.same_device(**{"params[0]": params[0], "scale": scale})
+        _check.same_device("scale", scale, "params[0]", params[0])
     _apply_update_(
         params,
         updates,
@@ -116,18 +116,17 @@ def _raise_unless_matching(params: list, updates: list, buffers: list) -> None:
         _check.floating(f"params[{i}]", param)
         _check.contiguous(f"params[{i}]", param)
         _check.shape(f"updates[{i}]", update, tuple(param.shape))
-        _check.same_dtype(**{"params[0]": params[0], f"params[{i}]": param})
+        _check.same_dtype(f"params[{i}]", param, "params[0]", params[0])
         if update.dtype != param.dtype:
             _check.accumulates(f"updates[{i}]", update, f"params[{i}]", param)
-        _check.same_dtype(**{"updates[0]": updates[0], f"updates[{i}]": update})
-        _check.same_device(
-            **{"params[0]": params[0], f"params[{i}]": param, f"updates[{i}]": update}
-        )
+        _check.same_dtype(f"updates[{i}]", update, "updates[0]", updates[0])
+        _check.same_device(f"params[{i}]", param, "params[0]", params[0])
+        _check.same_device(f"updates[{i}]", update, "params[0]", params[0])
     for i, buffer in enumerate(buffers):
         _check.shape(f"momentum_buffers[{i}]", buffer, tuple(params[i].shape))
         _check.accumulates(f"momentum_buffers[{i}]", buffer, f"params[{i}]", params[i])
         _check.contiguous(f"momentum_buffers[{i}]", buffer)
-        _check.same_device(**{"params[0]": params[0], f"momentum_buffers[{i}]": buffer})
+        _check.same_device(f"momentum_buffers[{i}]", buffer, "params[0]", params[0])
 
 
 def _fake(params, updates, momentum_buffers, *, lr, momentum, weight_decay, nesterov, scale=None):

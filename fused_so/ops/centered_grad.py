@@ -33,8 +33,8 @@ def centered_grad(g: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     _check.shape("g", g, ("n", "out"))
     _check.shape("h", h, (g.shape[0], "in"))
-    _check.same_device(g=g, h=h)
-    _check.same_dtype(g=g, h=h)
+    _check.same_device("h", h, "g", g)
+    _check.same_dtype("h", h, "g", g)
     return _centered_grad(g, h)
 
 

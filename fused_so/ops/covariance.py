@@ -69,7 +69,8 @@ def covariance_(
     d = h.shape[1]
     _check.shape("cov", cov, (d, d))
     _check.shape("mean", mean, (d,))
-    _check.same_device(h=h, cov=cov, mean=mean)
+    _check.same_device("cov", cov, "h", h)
+    _check.same_device("mean", mean, "h", h)
     _check.accumulates("cov", cov, "h", h)
     _check.accumulates("mean", mean, "h", h)
     _check.contiguous("cov", cov)

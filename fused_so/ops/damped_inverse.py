@@ -52,8 +52,8 @@ def _damped_inverse_of_list(matrices, damping):
         _check.shape(f"a[{i}]", matrix, ("d", "d"))
         if matrix.shape[0] != matrix.shape[1]:
             raise ValueError(f"a[{i}] must be square, got shape {tuple(matrix.shape)}")
-        _check.same_dtype(**{"a[0]": matrices[0], f"a[{i}]": matrix})
-        _check.same_device(**{"a[0]": matrices[0], f"a[{i}]": matrix})
+        _check.same_dtype(f"a[{i}]", matrix, "a[0]", matrices[0])
+        _check.same_device(f"a[{i}]", matrix, "a[0]", matrices[0])
     damping = _damping_tensor(damping, (len(matrices),), matrices[0])
 
     members: dict[int, list[int]] = {}
@@ -77,7 +77,7 @@ def _damping_tensor(damping: float | Tensor, batch: Sequence[int], a: Tensor) ->
     dtype = accumulate_dtype(a.dtype)
     if isinstance(damping, Tensor):
         _check.shape("damping", damping, tuple(batch))
-        _check.same_device(a=a, damping=damping)
+        _check.same_device("damping", damping, "a", a)
         return damping.to(dtype)
     _check.within("damping", damping, 0.0, math.inf)
     return torch.full(tuple(batch), float(damping), dtype=dtype, device=a.device)

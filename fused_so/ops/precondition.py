@@ -51,7 +51,8 @@ def precondition(
     _check.shape("grad_weight", grad_weight, ("out", "in"))
     out, width = grad_weight.shape
     _check.shape("grad_bias", grad_bias, (out,))
-    _check.same_dtype(grad_weight=grad_weight, grad_bias=grad_bias)
+    _check.same_dtype("grad_bias", grad_bias, "grad_weight", grad_weight)
+    _check.same_device("grad_bias", grad_bias, "grad_weight", grad_weight)
     statistics = {"mean": (mean, (width,))}
     if input_inverse is not None:
         statistics["input_inverse"] = (input_inverse, (width, width))
@@ -62,8 +63,7 @@ def precondition(
     for name, (value, expected) in statistics.items():
         _check.shape(name, value, expected)
         _check.accumulates(name, value, "grad_weight", grad_weight)
-    tensors = {name: value for name, (value, _) in statistics.items()}
-    _check.same_device(grad_weight=grad_weight, grad_bias=grad_bias, **tensors)
+        _check.same_device(name, value, "grad_weight", grad_weight)
     return _precondition(
         grad_weight,
         grad_bias,
