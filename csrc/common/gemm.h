@@ -14,8 +14,11 @@
 // C once. Scratch, kept by the threads: at most 3 MiB for each operand, and 3 MiB where k is split.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <type_traits>
+#include <vector>
 
 #include "common/dispatch.h"
 #include "common/matrix.h"
@@ -82,6 +85,15 @@ void pack(PackPanel<T, Bits<S>> pack_panel, const Matrix<S>& x, int64_t first, T
   if (x.cols == 0) return;  // there may be no memory behind it
   pack_panel(as_bits(x.data) + first * x.row_stride, x.row_stride, x.col_stride, x.rows - first,
              x.cols, x.u == nullptr ? x.u : x.u + first, x.v, panel);
+}
+
+// Packs all lanes of x, panel after panel.
+template <class T, class S>
+void pack_all(PackPanel<T, Bits<S>> pack_panel, const Matrix<S>& x, int64_t lanes, int64_t width,
+              T* panels) {
+  for (int64_t i = 0; i < x.rows; i += lanes, panels += width * x.cols) {
+    pack<T, S>(pack_panel, x, i, panels);
+  }
 }
 
 // A block of C, and which of its entries are wanted: C[i, j] with j <= i + diagonal, if lower.
@@ -161,42 +173,92 @@ int64_t lane_step(int64_t lanes, int64_t tile, int64_t width) {
   return even_part(lanes, kScratchBytes / panel_bytes * tile, tile);
 }
 
-// C = beta C + alpha A B over whole panels: both operands' are packed first; then each task takes a
-// few of B's, which stay in L2, and the next few of A's. finish(row, col, rows, cols) is called
-// once for each part of C, when it is complete.
-template <class T, class SA, class SB, class Finish = NoFinish>
-void multiply(T alpha, const Matrix<SA>& a, const Matrix<SB>& b, T beta, const Target<T>& target,
-              Threads threads, const Finish& finish = {}) {
+// What a product is cut into: how much of k, m and n is packed at a time, and a group of columns.
+template <class T>
+struct Blocking {
   const Microkernel<T>& kernel = microkernel<T>();
+  int64_t depth, rows, cols, group;
+
+  Blocking(int64_t m, int64_t n, int64_t k)
+      : depth(even_part(k, kDepth<T>, 16)),
+        rows(lane_step<T>(m, kernel.mr, kernel.a_width)),
+        cols(lane_step<T>(n, kernel.nr, kernel.b_width)),
+        group(kGroupBytes / (depth * kernel.b_width * static_cast<int64_t>(sizeof(T))) *
+              kernel.nr) {}
+
+  T* a_panels() const {
+    return thread_scratch<T, kPanelsOfA>(rows / kernel.mr * kernel.a_width * depth);
+  }
+  T* b_panels(int64_t count) const {
+    return thread_scratch<T, kPanelsOfB>(count / kernel.nr * kernel.b_width * depth);
+  }
+};
+
+// C = beta C + alpha A B on the calling thread: a few panels of B are packed, and used by all of
+// A's while they are in L2. finish(row, col, rows, cols) is called once for each part of C, when
+// it is complete.
+template <class T, class SA, class SB, class Finish = NoFinish>
+void multiply_alone(T alpha, const Matrix<SA>& a, const Matrix<SB>& b, T beta,
+                    const Target<T>& target, const Finish& finish = {}) {
   const Matrix<SB> bt = b.transposed();
   const int64_t m = a.rows, n = b.cols, k = a.cols;
-  const int64_t depth_limit = even_part(k, kDepth<T>, 16);
-  const int64_t row_limit = lane_step<T>(m, kernel.mr, kernel.a_width);
-  const int64_t col_limit = lane_step<T>(n, kernel.nr, kernel.b_width);
-  const int64_t group_limit =
-      kGroupBytes / (depth_limit * kernel.b_width * static_cast<int64_t>(sizeof(T))) * kernel.nr;
-  T* const a_panels =
-      thread_scratch<T, kPanelsOfA>(row_limit / kernel.mr * kernel.a_width * depth_limit);
-  T* const b_panels =
-      thread_scratch<T, kPanelsOfB>(col_limit / kernel.nr * kernel.b_width * depth_limit);
+  const Blocking<T> blocking(m, n, k);
+  const Microkernel<T>& kernel = blocking.kernel;
+  const int64_t group = even_part(n, blocking.group, kernel.nr);
+  T* const a_panels = blocking.a_panels();
+  T* const b_panels = blocking.b_panels(group);
 
-  for (int64_t col = 0; col < n; col += col_limit) {
-    const int64_t cols = std::min(col_limit, n - col);
+  // k = 0 still scales C.
+  for (int64_t depth = 0; depth == 0 || depth < k; depth += blocking.depth) {
+    const int64_t steps = std::min(blocking.depth, k - depth);
+    const T scale = depth == 0 ? beta : T(1);
+    for (int64_t row = 0; row < m; row += blocking.rows) {
+      const int64_t rows = std::min(blocking.rows, m - row);
+      pack_all<T>(readers<T, SA>(kernel).pack_a, a.block(row, depth, rows, steps), kernel.mr,
+                  kernel.a_width, a_panels);
+      for (int64_t col = 0; col < n; col += group) {
+        const int64_t cols = std::min(group, n - col);
+        const Target<T> block = target.block(row, col);
+        if (block.wanted(rows - 1, cols) == 0) break;
+        pack_all<T>(readers<T, SB>(kernel).pack_b, bt.block(col, depth, cols, steps), kernel.nr,
+                    kernel.b_width, b_panels);
+        multiply_panels(kernel, steps, a_panels, b_panels, alpha, scale, block, rows, cols);
+        if (depth + steps == k) finish(row, col, rows, cols);
+      }
+    }
+    if (k == 0) break;
+  }
+}
+
+// The same on all threads, which share the panels: both operands' are packed first; then each task
+// takes a few of B's, which stay in L2, and the next few of A's.
+template <class T, class SA, class SB, class Finish = NoFinish>
+void multiply_together(T alpha, const Matrix<SA>& a, const Matrix<SB>& b, T beta,
+                       const Target<T>& target, const Finish& finish = {}) {
+  const Matrix<SB> bt = b.transposed();
+  const int64_t m = a.rows, n = b.cols, k = a.cols;
+  const Blocking<T> blocking(m, n, k);
+  const Microkernel<T>& kernel = blocking.kernel;
+  T* const a_panels = blocking.a_panels();
+  T* const b_panels = blocking.b_panels(blocking.cols);
+
+  for (int64_t col = 0; col < n; col += blocking.cols) {
+    const int64_t cols = std::min(blocking.cols, n - col);
     const int64_t b_count = divide_up(cols, kernel.nr);
-    const int64_t group = even_part(cols, group_limit, kernel.nr);
+    const int64_t group = even_part(cols, blocking.group, kernel.nr);
     // k = 0 still scales C.
-    for (int64_t depth = 0; depth == 0 || depth < k; depth += depth_limit) {
-      const int64_t steps = std::min(depth_limit, k - depth);
+    for (int64_t depth = 0; depth == 0 || depth < k; depth += blocking.depth) {
+      const int64_t steps = std::min(blocking.depth, k - depth);
       const T scale = depth == 0 ? beta : T(1);
       const bool last = depth + steps == k;
       const Matrix<SB> b_block = bt.block(col, depth, cols, steps);
       int64_t b_packed = 0;
-      for (int64_t row = 0; row < m; row += row_limit) {
-        const int64_t rows = std::min(row_limit, m - row);
+      for (int64_t row = 0; row < m; row += blocking.rows) {
+        const int64_t rows = std::min(blocking.rows, m - row);
         if (target.block(row, col).wanted(rows - 1, cols) == 0) continue;
         const int64_t a_count = divide_up(rows, kernel.mr), b_missing = b_count - b_packed;
         const Matrix<SA> a_block = a.block(row, depth, rows, steps);
-        for_each_task(b_missing + a_count, threads, [&](int64_t task) {
+        for_each_task(b_missing + a_count, Threads::kAll, [&](int64_t task) {
           const int64_t i = task - b_missing;
           if (i < 0) {
             pack<T, SB>(readers<T, SB>(kernel).pack_b, b_block, task * kernel.nr,
@@ -209,10 +271,10 @@ void multiply(T alpha, const Matrix<SA>& a, const Matrix<SB>& b, T beta, const T
         b_packed = b_count;
 
         const int64_t groups = divide_up(cols, group);
-        const int64_t share = a_count * groups / (4 * count_workers(threads));
+        const int64_t share = a_count * groups / (4 * count_workers(Threads::kAll));
         const int64_t part = std::clamp<int64_t>(share, 1, kRowsAtOnce) * kernel.mr;
         const int64_t parts = divide_up(rows, part);
-        for_each_task(groups * parts, threads, [&](int64_t task) {
+        for_each_task(groups * parts, Threads::kAll, [&](int64_t task) {
           const int64_t j = task / parts * group, task_cols = std::min(group, cols - j);
           const int64_t i = task % parts * part, task_rows = std::min(part, rows - i);
           const Target<T> block = target.block(row + i, col + j);
@@ -236,33 +298,54 @@ int64_t count_parts(int64_t m, int64_t n, int64_t k) {
   return std::max<int64_t>(1, std::min({kMaxParts, k / 256, fit}));
 }
 
-// C cut into blocks, one for each worker.
-struct Grid {
-  int64_t rows = 1, cols = 1;          // how many blocks
-  int64_t row_step = 0, col_step = 0;  // their size
+// Rows and columns of C for one worker.
+struct Block {
+  int64_t row, rows, col, cols;
 };
 
-// Workers that pack their own operands wait for nobody and fetch no panels from each other's
-// caches, but what they share is packed more than once. A grid of one block: it does not pay, or
-// takes more scratch than sharing.
+// Edges of `count` parts of 0 .. size, multiples of `tile`: equal parts, or, with `lower`, parts
+// of the rows of a lower triangle that hold equally many entries: rows up to x hold x^2 / 2.
+inline std::vector<int64_t> edges(int64_t size, int64_t count, int64_t tile, bool lower = false) {
+  std::vector<int64_t> result;
+  for (int64_t i = 0; i <= count; ++i) {
+    const double part = static_cast<double>(i) / count;
+    const double edge = (lower ? std::sqrt(part) : part) * size;
+    result.push_back(std::min(size, static_cast<int64_t>(std::ceil(edge / tile)) * tile));
+  }
+  return result;
+}
+
+// What a worker does alone for `entries` of C, in multiplications per k: packing an entry of A,
+// which is mostly transposed on the way, takes as long as 40 of them, one of B 10; measured.
+inline double block_cost(double entries, double rows, double cols) {
+  return entries + 40 * rows + 10 * cols;
+}
+
+// C cut into one block for each worker, or nothing where that does not pay. Workers that pack
+// their own operands wait for nobody and fetch no panels from each other's caches, but what they
+// share is packed more than once, and takes more scratch.
 template <class T>
-Grid choose_grid(int64_t m, int64_t n, int64_t k, int64_t workers) {
-  // Packing an entry, as a number of multiplications: measured; A's are transposed on the way.
-  constexpr int64_t kPackA = 40, kPackB = 10;
-  const auto cost = [](int64_t rows, int64_t cols) {
-    return rows * cols + kPackA * rows + kPackB * cols;
-  };
+std::vector<Block> cut(int64_t m, int64_t n, int64_t k, bool lower, int64_t workers) {
   const Microkernel<T>& kernel = microkernel<T>();
-  Grid best;
-  int64_t least = cost(m, n) / workers * 5 / 4;
-  for (int64_t rows = 1; rows <= workers; ++rows) {
-    const int64_t cols = workers / rows;
-    const int64_t row_step = divide_up(divide_up(m, rows), kernel.mr) * kernel.mr;
-    const int64_t col_step = divide_up(divide_up(n, cols), kernel.nr) * kernel.nr;
-    const int64_t block = cost(std::min(m, row_step), std::min(n, col_step));
-    const int64_t entries = (row_step + col_step) * std::min(k, kDepth<T>) * workers;
-    const bool fits = entries * static_cast<int64_t>(sizeof(T)) <= 2 * kScratchBytes;
-    if (fits && block < least) best = {rows, cols, row_step, col_step}, least = block;
+  const double wanted = static_cast<double>(m) * n / (lower ? 2 : 1);
+  double least = 1.25 * block_cost(wanted, m, n) / workers;
+  std::vector<Block> best;
+  for (int64_t grid_rows = lower ? workers : 1; grid_rows <= workers; ++grid_rows) {
+    const std::vector<int64_t> row = edges(m, grid_rows, kernel.mr, lower);
+    const std::vector<int64_t> col = edges(n, workers / grid_rows, kernel.nr);
+    std::vector<Block> blocks;
+    double most = 0, scratch = 0;
+    for (size_t i = 0; i + 1 < row.size(); ++i) {
+      for (size_t j = 0; j + 1 < col.size(); ++j) {
+        const int64_t end = lower ? row[i + 1] : col[j + 1];
+        const Block b{row[i], row[i + 1] - row[i], col[j], end - col[j]};
+        const double above = lower ? 0.5 * b.rows * b.rows : 0;
+        blocks.push_back(b);
+        most = std::max(most, block_cost(1.0 * b.rows * b.cols - above, b.rows, b.cols));
+        scratch += b.rows * std::min(k, kDepth<T>) * sizeof(T) + kGroupBytes;
+      }
+    }
+    if (scratch <= 2 * kScratchBytes && most < least) best = blocks, least = most;
   }
   return best;
 }
@@ -275,19 +358,19 @@ void run(T alpha, const Matrix<SA>& a, const Matrix<SB>& b, T beta, const Target
   // Waking the threads costs more than a small product.
   if (m * n * k < kSmallProduct) threads = Threads::kOne;
   const int64_t parts = threads == Threads::kOne ? 1 : count_parts<T>(m, n, k);
+  const int64_t workers = count_workers(threads);
   if (parts == 1) {
-    const Grid grid = target.lower ? Grid{} : choose_grid<T>(m, n, k, count_workers(threads));
-    const int64_t blocks = grid.rows * grid.cols;
-    if (blocks == 1) return multiply(alpha, a, b, beta, target, threads, finish);
-    for_each_task(blocks, threads, [&](int64_t task) {
-      const int64_t row = task / grid.cols * grid.row_step, rows = std::min(grid.row_step, m - row);
-      const int64_t col = task % grid.cols * grid.col_step, cols = std::min(grid.col_step, n - col);
-      if (rows <= 0 || cols <= 0) return;
-      multiply(alpha, a.block(row, 0, rows, k), b.block(0, col, k, cols), beta,
-               target.block(row, col), Threads::kOne,
-               [&](int64_t i, int64_t j, int64_t r, int64_t c) { finish(row + i, col + j, r, c); });
+    if (workers == 1) return multiply_alone(alpha, a, b, beta, target, finish);
+    const std::vector<Block> blocks = cut<T>(m, n, k, target.lower, workers);
+    if (blocks.empty()) return multiply_together(alpha, a, b, beta, target, finish);
+    return for_each_task(blocks.size(), threads, [&](int64_t task) {
+      const Block& c = blocks[task];
+      multiply_alone(alpha, a.block(c.row, 0, c.rows, k), b.block(0, c.col, k, c.cols), beta,
+                     target.block(c.row, c.col),
+                     [&](int64_t row, int64_t col, int64_t rows, int64_t cols) {
+                       finish(c.row + row, c.col + col, rows, cols);
+                     });
     });
-    return;
   }
 
   const int64_t stride = divide_up(m * n, 16) * 16;
@@ -297,8 +380,7 @@ void run(T alpha, const Matrix<SA>& a, const Matrix<SB>& b, T beta, const Target
     const int64_t first = std::min(k, p * part_depth);
     const int64_t depth = std::min(part_depth, k - first);
     const Target<T> partial{partials + p * stride, n, target.lower, target.diagonal};
-    multiply(T(1), a.block(0, first, m, depth), b.block(first, 0, depth, n), T(0), partial,
-             Threads::kOne);
+    multiply_alone(T(1), a.block(0, first, m, depth), b.block(first, 0, depth, n), T(0), partial);
   });
   // C = beta C + alpha (C_1 + C_2 + ...), in this order.
   for_each_task(divide_up(m, 16), m * n > (1 << 12) ? threads : Threads::kOne, [&](int64_t task) {
