@@ -143,7 +143,7 @@ class ACP(KroneckerOptimizer):
         if alpha in HEURISTICS and g.numel():
             batch = layer.batch
             # max_j |d loss_i / d a_ij|
-            largest = g.abs().amax(1).double()  # whose squares do not overflow
+            largest = torch.maximum(g.amax(1), -g.amin(1)).double()  # squares do not overflow
             batch["rows"] = batch.get("rows", 0) + len(largest)
             if alpha == "rms_gradient":
                 batch["sum"] = batch.get("sum", 0.0) + largest.dot(largest)
@@ -173,12 +173,12 @@ class ACP(KroneckerOptimizer):
         if rows is None:
             # Algorithm 4, lines 13 and 14, with the bias as in eq. 6.2.5.
             return ops.precondition(grad_weight, grad_bias, mean, inverse, alpha=alpha)
-        # The same in fewer operations: dW = c/alpha g^T ((h - 1 m^T) A).
+        # The same in fewer operations: dW = g^T Z and dW m = g^T (Z m), Z = c/alpha (h - 1 m^T) A.
         h, g, scale = rows
         moves_bias = layer.bias is not None and layer.bias.grad is not None
         ones = torch.full_like(h[:, 0], float(moves_bias))
-        dw = g.T @ ops.precondition(h, ones, mean, inverse, alpha=alpha / scale)[0]
-        return dw, grad_bias / alpha - dw @ mean
+        z = ops.precondition(h, ones, mean, inverse, alpha=alpha / scale)[0]
+        return g.T @ z, grad_bias / alpha - g.T @ (z @ mean)
 
     def curvature_scale(self, layer: Layer) -> Tensor | float:
         return layer.state["alpha"]
