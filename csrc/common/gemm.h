@@ -11,7 +11,7 @@
 // the parts depend on the shape alone and are added in order.
 //
 // 2 m n k operations (half for a symmetric product). Each block of depth 512 (256 in float64) moves
-// C once. Scratch, kept by the threads: at most 3 MiB for each operand, and 3 MiB where k is split.
+// C once. Scratch, kept by the threads: at most 2 MiB for each operand, and 2 MiB where k is split.
 #pragma once
 
 #include <algorithm>
@@ -39,7 +39,7 @@ struct RankOne {
 
 namespace gemm_detail {
 
-constexpr int64_t kScratchBytes = 3 << 20;
+constexpr int64_t kScratchBytes = 2 << 20;
 constexpr int64_t kGroupBytes = 512 << 10;  // the B panels of one task: they stay in L2
 constexpr int64_t kRowsAtOnce = 8;          // the panels of A of one task
 constexpr int64_t kMaxParts = 16;

@@ -1,0 +1,81 @@
+"""No op takes more memory than its results and 8 MiB."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.ops.budget import needs_kernel
+
+MEBI = 1 << 20
+# Each makes the inputs of a call that leaves nothing but its results.
+CALLS = {
+    "covariance": "h = torch.randn(2048, 1500); call = lambda: ops.covariance(h)",
+    "covariance_": (
+        "h, c, m = torch.randn(2048, 1500), torch.zeros(1500, 1500), torch.zeros(1500);"
+        "call = lambda: ops.covariance_(c, m, h, decay=0.5)"
+    ),
+    "covariance of float16": "h = torch.randn(2048, 1500).half(); call = lambda: ops.covariance(h)",
+    "centered_grad": (
+        "g, h = torch.randn(2048, 1500), torch.randn(2048, 1200);"
+        "call = lambda: ops.centered_grad(g, h)"
+    ),
+    "centered_grad, small": (
+        "g, h = torch.randn(200000, 30), torch.randn(200000, 20);"
+        "call = lambda: ops.centered_grad(g, h)"
+    ),
+    "precondition": (
+        "w, b, m, a = (torch.randn(s) for s in ((1500, 1200), 1500, 1200, (1200, 1200)));"
+        "call = lambda: ops.precondition(w, b, m, a)"
+    ),
+    "precondition, both sides": (
+        "w, b, m, a, o = (torch.randn(s) for s in"
+        " ((2500, 1500), 2500, 1500, (1500, 1500), (2500, 2500)));"
+        "call = lambda: ops.precondition(w, b, m, a, output_inverse=o)"
+    ),
+    "damped_inverse": (
+        "a = torch.eye(1500) + torch.ones(1500, 1500); call = lambda: ops.damped_inverse(a, 0.1)"
+    ),
+    "damped_inverse of a batch": (
+        "a = torch.eye(128).repeat(100, 1, 1); call = lambda: ops.damped_inverse(a, 0.1)"
+    ),
+    "apply_update_": (
+        "p, u, v = ([torch.randn(1500, 1500)] for _ in range(3));"
+        "call = lambda: ops.apply_update_(p, u, v, lr=0.1, momentum=0.9)"
+    ),
+}
+# Linux forgets the highest resident size when 5 is written to clear_refs.
+SCRIPT = """
+import sys
+import torch
+from fused_so import ops
+
+def resident(key):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) << 10 for line in status if line.startswith(key))
+
+def tensors(result):
+    if isinstance(result, torch.Tensor):
+        return [result]
+    return [t for part in result or () for t in tensors(part)]
+
+torch.set_num_threads(2)
+torch.randn(1 << 20).add_(1)  # wakes the threads
+{call}
+with open("/proc/self/clear_refs", "w") as clear:
+    clear.write("5")
+before = resident("VmRSS")
+result = call()
+results = sum(t.numel() * t.element_size() for t in tensors(result))
+print(resident("VmHWM") - before - results)
+"""
+
+
+@needs_kernel
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("name", CALLS)
+def test_an_op_takes_its_results_and_8_mebibytes(name):
+    script = SCRIPT.format(call=CALLS[name])
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) <= 8 * MEBI
