@@ -3,7 +3,8 @@
 from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
 
-from fused_so import _extension, ops, reference
+from fused_so import _extension, likelihoods, ops, reference
+from fused_so.likelihoods import Bernoulli, Categorical, Gaussian
 from fused_so.optim import ACP, CGD
 
 try:
@@ -14,4 +15,15 @@ except _PackageNotFoundError:  # a source tree that was never installed
 LOADED_LIBRARIES = _extension.load_libraries()
 """The compiled libraries in use: "_C" (CPU), "_C_cuda"; empty when the references run."""
 
-__all__ = ["ACP", "CGD", "LOADED_LIBRARIES", "__version__", "ops", "reference"]
+__all__ = [
+    "ACP",
+    "CGD",
+    "LOADED_LIBRARIES",
+    "Bernoulli",
+    "Categorical",
+    "Gaussian",
+    "__version__",
+    "likelihoods",
+    "ops",
+    "reference",
+]
