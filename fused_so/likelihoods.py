@@ -5,13 +5,13 @@ a row i, and a reduction are one of PyTorch's losses:
 
 .. math:: L = \frac1N \sum_i l_i
 
-============================  ==================================  ==========================
-likelihood, outputs f         PyTorch's loss                      N, if reduction is "mean"
-============================  ==================================  ==========================
-``Gaussian(scale)``, means    ``mse_loss / (2 scale^2)``          entries of the outputs
-``Bernoulli()``, logits       ``binary_cross_entropy_with_logits``  entries of the outputs
-``Categorical()``, logits     ``cross_entropy``                   targets that are not ignored
-============================  ==================================  ==========================
+==========================  ====================================  =============================
+likelihood, outputs f       PyTorch's loss                        N, if reduction is "mean"
+==========================  ====================================  =============================
+``Gaussian(scale)``, means  ``mse_loss / (2 scale^2)``            entries of the outputs
+``Bernoulli()``, logits     ``binary_cross_entropy_with_logits``  entries of the outputs
+``Categorical()``, logits   ``cross_entropy``                     targets that are not ignored
+==========================  ====================================  =============================
 
 With the reduction "sum", and with "none", which keeps one loss an entry or target, N = 1. A mean
 over entries is not one over rows: on (n, o) outputs, N of ``mse_loss`` is n o.
@@ -447,9 +447,9 @@ class Categorical(Likelihood):
         # argmin_j E_j / p_j. torch.multinomial would wait for the device.
         clocks = torch.empty_like(x).exponential_(generator=generator)
         drawn = (x - clocks.log()).argmax(dim)
-        return (
-            drawn if targets is None else torch.where(targets == self.ignore_index, targets, drawn)
-        )
+        if targets is None:
+            return drawn
+        return torch.where(targets == self.ignore_index, targets, drawn)
 
     def _product(self, x: Tensor, v: Tensor) -> Tensor:
         # diag(p) v - p p^T v = p (v - p^T v)
