@@ -16,10 +16,11 @@ GPU_HOME = {
     "centered_grad": "triton",
     "covariance": "triton",
     "damped_inverse": "cuda",
+    "grad_gram": "triton",
     "precondition": "triton",
 }
 # Ops that run on the reference on a GPU until their kernel exists.
-GPU_KERNEL_MISSING = {"centered_grad", "damped_inverse", "precondition"}
+GPU_KERNEL_MISSING = {"centered_grad", "damped_inverse", "grad_gram", "precondition"}
 
 
 def stems(folder: str, pattern: str) -> set[str]:

@@ -56,6 +56,8 @@ struct Microkernel {
   // C[rows, cols] = beta C + alpha A B from one panel each; beta = 0 does not read C.
   // tiles[v][r] is for 2 (r + 1) rows and v + 1 vectors of columns.
   void (*tiles[2][7])(int64_t depth, const T* a, const T* b, T alpha, T beta, T* c, int64_t ldc);
+  // C[nr, nr] = beta C + A B^T from two of B's panels; beta = 0 does not read C.
+  void (*square)(int64_t depth, const T* a, const T* b, T beta, T* c, int64_t ldc);
   // to[cols, rows] = from[rows, cols]^T.
   void (*transpose)(int64_t rows, int64_t cols, const T* from, int64_t from_stride, T* to,
                     int64_t to_stride);

@@ -447,6 +447,17 @@ constexpr void fill_tiles(Microkernel<T>& kernel) {
   }
 }
 
+// C[Width, Width] from two panels of that width, in tiles of at most MR rows.
+template <class T, int MR, int V, int Width, int Row = 0>
+void square(int64_t depth, const T* a, const T* b, T beta, T* c, int64_t ldc) {
+  constexpr int count = (Width + MR - 1) / MR, step = (Width + count - 1) / count;
+  constexpr int rows = Width - Row < step ? Width - Row : step;
+  tile<T, rows, Width / V, V, Width, Width>(depth, a, b, T(1), beta, c, ldc);
+  if constexpr (Row + rows < Width) {
+    square<T, MR, V, Width, Row + rows>(depth, a + rows, b, beta, c + rows * ldc, ldc);
+  }
+}
+
 // A tile of MR x 2 vectors of V.
 template <class T, int MR, int V>
 constexpr Microkernel<T> make_microkernel() {
@@ -457,6 +468,7 @@ constexpr Microkernel<T> make_microkernel() {
                         a_width,
                         b_width,
                         {},
+                        &square<T, MR, V, b_width>,
                         &transpose_block<T, V>,
                         &dot<T, V* static_cast<int>(sizeof(T)) / 8>,
                         {}};

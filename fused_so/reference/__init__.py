@@ -4,6 +4,7 @@ from fused_so.reference.apply_update import apply_update_
 from fused_so.reference.centered_grad import centered_grad
 from fused_so.reference.covariance import covariance, covariance_
 from fused_so.reference.damped_inverse import damped_inverse
+from fused_so.reference.grad_gram import grad_gram
 from fused_so.reference.precondition import precondition
 
 __all__ = [
@@ -12,5 +13,6 @@ __all__ = [
     "covariance",
     "covariance_",
     "damped_inverse",
+    "grad_gram",
     "precondition",
 ]

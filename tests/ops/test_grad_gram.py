@@ -1,0 +1,280 @@
+"""grad_gram: the inner products of gradients that are really made, symmetric to the bit."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fused_so import ops, reference
+from tests.ops import budget
+
+# (out, in) of layers of mixed sizes.
+MIXED = [(3, 5), (1, 40), (33, 1), (70, 65)]
+# For fewer than 5 rows, of which BLAS sums long products in another order than it does of more.
+SHORT = [(3, 5), (1, 7), (6, 1)]
+# Around the tiles of every instruction set (4 to 32 rows).
+ROWS = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 97]
+
+
+def batch(n, sizes, dtype, layout="contiguous", offset=0.0):
+    """Each layer's g and h."""
+    layout = layout if n else "contiguous"
+    sides = []
+    for side in (0, 1):
+        sides.append(
+            [
+                budget.random_matrix(n, size[side], dtype, seed=2 * i + side, layout=layout)
+                for i, size in enumerate(sizes)
+            ]
+        )
+        for x in sides[-1]:
+            if offset:
+                x += offset
+    return sides
+
+
+def per_example_gradients(gs, hs, biases=None):
+    """(n, all parameters), by autograd, one example after the other."""
+    biases = [True] * len(gs) if biases is None else biases
+    rows = []
+    for i in range(gs[0].shape[0]):
+        row = []
+        for g, h, bias in zip(gs, hs, biases, strict=True):
+            layer = torch.nn.Linear(h.shape[1], g.shape[1], bias=bias, dtype=g.dtype)
+            loss = (layer(h[i]) * g[i]).sum()
+            row += [grad.flatten() for grad in torch.autograd.grad(loss, layer.parameters())]
+        rows.append(torch.cat(row))
+    return torch.stack(rows)
+
+
+def check(n, sizes, dtype, layout="contiguous", offset=0.0, centered=False, biases=None):
+    gs, hs = batch(n, sizes, dtype, layout, offset)
+    got = ops.grad_gram(gs, hs, centered=centered, biases=biases)
+    assert torch.equal(got, got.T)
+
+    def oracle(*tensors):
+        gs, hs = tensors[: len(sizes)], tensors[len(sizes) :]
+        return [reference.grad_gram(gs, hs, centered=centered, biases=biases)]
+
+    budget.assert_within_budget([got], oracle, [*gs, *hs], feature_orders)
+
+
+def feature_orders(arguments):
+    """The matrices with their columns, over which the products sum, in three other orders."""
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        yield [x[:, torch.randperm(x.shape[1], generator=generator)] for x in arguments]
+
+
+@budget.needs_kernel
+def test_the_compiled_kernel_is_what_runs():
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("fused_so::grad_gram", "CPU")
+
+
+@pytest.mark.parametrize("run", [ops.grad_gram, reference.grad_gram])
+@pytest.mark.parametrize("biases", [None, [True, False, False, True], (False,) * 4])
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_equals_the_products_of_gradients_that_autograd_makes(run, biases, offset):
+    gs, hs = batch(37, MIXED, torch.float64, offset=offset)
+    gradients = per_example_gradients(gs, hs, biases)
+    expected = gradients @ gradients.T
+    torch.testing.assert_close(run(gs, hs, biases=biases), expected, rtol=1e-13, atol=1e-13)
+    gradients -= gradients.mean(0)
+    expected = gradients @ gradients.T
+    # autograd's gradients, and not these products, lose digits of what the offset swamps
+    atol = 1e-13 * (1 + offset**2) * expected.max().item()
+    got = run(gs, hs, centered=True, biases=biases)
+    torch.testing.assert_close(got, expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", budget.DTYPES)
+@pytest.mark.parametrize("layout", budget.LAYOUTS)
+@pytest.mark.parametrize("centered", [False, True])
+@pytest.mark.parametrize(
+    ("n", "sizes"), [(1, [(1, 1)]), (2, SHORT), (40, MIXED), (300, [(20, 130), (65, 7)])]
+)
+def test_budget_of_dtypes_and_layouts(n, sizes, centered, layout, dtype):
+    check(n, sizes, dtype, layout, centered=centered)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", ROWS)
+def test_budget_around_the_tiles(n, dtype):
+    sizes = SHORT if n < 5 else MIXED
+    check(n, sizes, dtype)
+    check(n, sizes, dtype, centered=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("width", [0, 1, 15, 16, 17, 255, 257, 511, 512, 513, 1100])
+def test_budget_around_the_blocks_of_depth(width, dtype):
+    check(33, [(width, 40), (40, width)], dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [128, 255, 256, 257, 511, 513, 600, 800])
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_budget_beyond_one_block_of_rows(n, threads, dtype):
+    budget.with_threads(threads, lambda: check(n, [(30, 50), (2, 3)], dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("biases", [None, [True, False, False, True]])
+def test_budget_of_centering_with_common_gradients_of_random_sign(biases, dtype):
+    """The mean gradient is 1e6 and more times its deviations: H K H of a rounded K would be noise.
+
+    The reference, which takes care of this too, is held against autograd above.
+    """
+    check(70, MIXED, dtype, offset=1000.0, centered=True, biases=biases)
+
+
+def test_centering_loses_no_digits_to_common_gradients():
+    gs, hs = batch(50, MIXED, torch.float32, offset=1000.0)
+    gradients = per_example_gradients([g.double() for g in gs], [h.double() for h in hs])
+    gradients -= gradients.mean(0)
+    expected = gradients @ gradients.T
+    error = (ops.grad_gram(gs, hs, centered=True) - expected).abs().max()
+    # A few roundings of the largest entry; H K H of a rounded K is wrong by several of it.
+    assert error <= 8 * torch.finfo(torch.float32).eps * expected.max()
+
+
+@settings(max_examples=40, derandomize=True, deadline=None)
+@given(
+    n=st.integers(0, 300),
+    sizes=st.lists(st.tuples(st.integers(1, 90), st.integers(1, 90)), min_size=1, max_size=4),
+    dtype=st.sampled_from(budget.DTYPES),
+    layout=st.sampled_from(budget.LAYOUTS),
+    centered=st.booleans(),
+    bias=st.booleans(),
+)
+def test_budget_of_random_shapes(n, sizes, dtype, layout, centered, bias):
+    check(n, sizes, dtype, layout, centered=centered, biases=[bias] * len(sizes))
+
+
+@pytest.mark.parametrize("centered", [False, True])
+def test_no_rows(centered):
+    gram = ops.grad_gram([torch.empty(0, 3)], [torch.empty(0, 2)], centered=centered)
+    assert gram.shape == (0, 0)
+
+
+def test_one_centered_row_is_zero():
+    gs, hs = batch(1, MIXED, torch.float32)
+    assert torch.equal(ops.grad_gram(gs, hs, centered=True), torch.zeros(1, 1))
+
+
+def test_a_layer_without_inputs_has_its_bias():
+    g = budget.random_matrix(9, 4, torch.float64, seed=0)
+    gram = ops.grad_gram([g], [torch.empty(9, 0, dtype=torch.float64)])
+    torch.testing.assert_close(gram, g @ g.T, rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("side", [0, 1])
+def test_an_entry_that_is_not_finite_spoils_its_example_and_no_other(value, side):
+    sides = batch(70, MIXED, torch.float32)
+    clean = ops.grad_gram(*sides)
+    sides[side][1][40, 0] = value
+    gram = ops.grad_gram(*sides)
+    assert not gram[40].isfinite().any()
+    others = torch.arange(70) != 40
+    assert torch.equal(gram[others][:, others], clean[others][:, others])
+    assert ops.grad_gram(*sides, centered=True).isnan().all()
+
+
+def test_float16_does_not_overflow_where_float32_does_not():
+    g, h = torch.full((20, 3), 6e4).half(), torch.full((20, 5), 6e4).half()
+    gram = ops.grad_gram([g], [h])
+    torch.testing.assert_close(gram, reference.grad_gram([g], [h]), rtol=1e-6, atol=0)
+    assert torch.equal(ops.grad_gram([g], [h], centered=True), torch.zeros(20, 20))
+
+
+@pytest.mark.parametrize("n", [20, 129, 300, 600])
+@pytest.mark.parametrize("centered", [False, True])
+def test_threads_do_not_change_a_bit(n, centered):
+    gs, hs = batch(n, [(64, 300), (700, 40)], torch.float32)
+    one, *others = (
+        budget.with_threads(count, lambda: ops.grad_gram(gs, hs, centered=centered))
+        for count in (1, 2, 3, 7)
+    )
+    assert all(torch.equal(one, other) for other in others)
+
+
+def test_the_exact_natural_gradient_from_the_gram_matrix():
+    # (lambda I + U U^T)^-1 mean(g) = sum_i c_i g_i with U = [g_1 .. g_n]/sqrt(n) and
+    # c = (lambda I + K/n)^-1 1/n.
+    n, damping = 37, 0.3
+    gs, hs = batch(n, MIXED, torch.float64)
+    gradients = per_example_gradients(gs, hs)
+    fisher = gradients.T @ gradients / n
+    damped = fisher + damping * torch.eye(len(fisher), dtype=torch.float64)
+    expected = torch.linalg.solve(damped, gradients.mean(0))
+
+    k = ops.grad_gram(gs, hs)
+    eye = torch.eye(n, dtype=torch.float64)
+    c = torch.linalg.solve(damping * eye + k / n, torch.full((n,), 1 / n, dtype=torch.float64))
+    # The weighted sum of the gradients is one more outer product a layer.
+    step = []
+    for g, h in zip(gs, hs, strict=True):
+        step += [((c[:, None] * g).T @ h).flatten(), g.T @ c]
+    torch.testing.assert_close(torch.cat(step), expected, rtol=1e-9, atol=1e-12)
+
+
+@budget.needs_kernel
+@pytest.mark.parametrize("variant", budget.variants())
+@pytest.mark.skipif("FUSED_SO_CPU" in os.environ, reason="this is such a process")
+def test_every_instruction_set(variant):
+    budget.run_file_with(variant, __file__)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("centered", [False, True])
+def test_opcheck(dtype, centered):
+    gs, hs = batch(7, MIXED[:2], dtype)
+    options = {"centered": centered, "biases": [True, False]}
+    torch.library.opcheck(torch.ops.fused_so.grad_gram.default, (gs, hs), options)
+
+
+def test_compile_fullgraph():
+    gs, hs = batch(7, MIXED, torch.float32)
+    compiled = torch.compile(lambda gs, hs: ops.grad_gram(gs, hs, centered=True), fullgraph=True)
+    assert torch.equal(compiled(gs, hs), ops.grad_gram(gs, hs, centered=True))
+
+
+def ones(*shape, **options):
+    return torch.ones(*shape, **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"gs": [], "hs": []}, ValueError, "gs must hold at least one tensor, got an empty list"),
+        ({"gs": ones(6, 2)}, TypeError, "gs must be a list of tensors, got Tensor"),
+        ({"hs": ones(6, 2)}, TypeError, "hs must be a list of tensors, got Tensor"),
+        ({"hs": [ones(6, 3)]}, ValueError, "hs must hold 2 tensors, one for each of gs, got 1"),
+        ({"gs": [ones(6, 2), 1.0]}, TypeError, r"gs\[1\] must be a Tensor, got float"),
+        ({"gs": [ones(6), ones(6, 2)]}, ValueError, r"gs\[0\] must have shape \(n, out\), got"),
+        ({"gs": [ones(6, 2), ones(5, 2)]}, ValueError, r"gs\[1\] must have shape \(6, out\), got"),
+        ({"hs": [ones(6, 3), ones(5, 4)]}, ValueError, r"hs\[1\] must have shape \(6, in\), got"),
+        ({"hs": [ones(6, 3), ones(6, 4, 1)]}, ValueError, r"hs\[1\].*got \(6, 4, 1\)"),
+        ({"hs": [ones(6, 3).int()] * 2}, TypeError, r"hs\[0\] must be float16.*got torch.int32"),
+        ({"gs": [ones(6, 2).cfloat()] * 2}, TypeError, r"gs\[0\] must be .*got torch.complex64"),
+        (
+            {"hs": [ones(6, 3), ones(6, 4).double()]},
+            *(TypeError, r"hs\[1\] must have the dtype of gs\[0\], torch.float32, got"),
+        ),
+        (
+            {"gs": [ones(6, 2), ones(6, 1, device="meta")]},
+            *(ValueError, r"gs\[1\] must be on the device of gs\[0\], cpu, got meta"),
+        ),
+        ({"centered": 1}, TypeError, "centered must be True or False, got 1"),
+        ({"biases": True}, TypeError, "biases must be a list of bool or None, got bool"),
+        ({"biases": [True]}, ValueError, "biases must hold 2 bools, one for each of gs, got 1"),
+        ({"biases": [True, 0]}, TypeError, r"biases\[1\] must be True or False, got 0"),
+    ],
+)
+def test_bad_input(change, error, message):
+    arguments = {"gs": [ones(6, 2), ones(6, 1)], "hs": [ones(6, 3), ones(6, 4)]} | change
+    with pytest.raises(error, match=message):
+        ops.grad_gram(**arguments)
