@@ -60,6 +60,17 @@ void center(Operand<S>& operand, Threads threads) {
   operand.x = x.minus(nullptr, mean.data());
 }
 
+template <class S>
+void center_inputs(std::vector<Layer<S>>& layers, Threads threads) {
+  const int64_t operands = 2 * static_cast<int64_t>(layers.size());
+  // One parallel region for all of them, or, where they are too few for that, some in each.
+  const Threads outer = operands >= count_workers(threads) ? threads : Threads::kOne;
+  for_each_task(operands, outer, [&](int64_t task) {
+    Layer<S>& layer = layers[task / 2];
+    center(task % 2 == 0 ? layer.g : layer.h, threads);
+  });
+}
+
 // K_ij += (X_ij + 1) Y_ij for the `count` first entries of a row; the 1 only with a bias.
 template <class T>
 void add_products(int64_t count, const T* __restrict x, const T* __restrict y, T bias,
@@ -181,12 +192,7 @@ Tensor grad_gram(std::vector<Tensor> gs, std::vector<Tensor> hs, bool centered,
     // Waking the threads costs more than a small product.
     const bool small = n * n * width / 2 < gemm_detail::kSmallProduct;
     const Threads threads = small ? Threads::kOne : Threads::kAll;
-    if (centered) {
-      for (Layer<S>& layer : layers) {
-        center(layer.g, threads);
-        center(layer.h, threads);
-      }
-    }
+    if (centered) center_inputs(layers, threads);
     auto* const k = write<Accumulate<S>>(gram);
     make_gram(layers, k, n, threads);
     if (centered) center_gram(k, n, threads);
