@@ -1,14 +1,14 @@
 // Inner products of per-example gradients. A task makes a block of K: layer by layer the block's
 // two Gram products, in scratch that stays in L2, and their elementwise product into K. So nothing
-// of size n x n is stored but K, and the whole op is one parallel region.
-// n^2 (in + out) operations a layer, half of two general products; (in + out) n entries are read
-// once for each block of rows and of columns, K is written once a layer: bound by arithmetic from n
-// of about 64.
+// of size n x n is stored but K, and K takes one parallel region.
+// A layer costs n^2 (in + out) operations, half of two general products, and moves n (in + out)
+// entries once for each row of blocks, and K once: bound by arithmetic from n of about 64.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "common/allocate.h"

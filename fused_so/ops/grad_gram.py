@@ -46,8 +46,9 @@ def grad_gram(
         ValueError: the lists are empty or differ in length, a tensor is no matrix of n rows, or
             devices differ.
 
-    Source: Le Roux, Manzagol and Bengio 2008, section 3.2 (the Gram matrix of TONGA, centered);
-    Goodfellow 2015, "Efficient per-example gradient computations" (its layers' form). Not
+    Source: Goodfellow 2015, "Efficient per-example gradient computations", whose squared norms
+    are the diagonal; Le Roux, Manzagol and Bengio 2008 (centered: TONGA's covariance of the
+    gradients, eq. 12 of Pascanu and Bengio 2014, from the side of the examples). Not
     differentiable.
     """
     gs = _check.tensor_list("gs", gs)

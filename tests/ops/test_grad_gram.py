@@ -93,7 +93,7 @@ def test_equals_the_products_of_gradients_that_autograd_makes(run, biases, offse
 @pytest.mark.parametrize("layout", budget.LAYOUTS)
 @pytest.mark.parametrize("centered", [False, True])
 @pytest.mark.parametrize(
-    ("n", "sizes"), [(1, [(1, 1)]), (2, SHORT), (40, MIXED), (300, [(20, 130), (65, 7)])]
+    ("n", "sizes"), [(1, [(1, 1)]), (2, SHORT), (40, MIXED), (150, [(20, 130), (65, 7)])]
 )
 def test_budget_of_dtypes_and_layouts(n, sizes, centered, layout, dtype):
     check(n, sizes, dtype, layout, centered=centered)
@@ -114,7 +114,7 @@ def test_budget_around_the_blocks_of_depth(width, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("n", [128, 255, 256, 257, 511, 513, 600, 800])
+@pytest.mark.parametrize("n", [128, 256, 257, 520, 800])
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_budget_beyond_one_block_of_rows(n, threads, dtype):
     budget.with_threads(threads, lambda: check(n, [(30, 50), (2, 3)], dtype))
@@ -122,11 +122,8 @@ def test_budget_beyond_one_block_of_rows(n, threads, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("biases", [None, [True, False, False, True]])
-def test_budget_of_centering_with_common_gradients_of_random_sign(biases, dtype):
-    """The mean gradient is 1e6 and more times its deviations: H K H of a rounded K would be noise.
-
-    The reference, which takes care of this too, is held against autograd above.
-    """
+def test_budget_of_centering_a_mean_far_beyond_the_deviations(biases, dtype):
+    # H K H of a rounded K would be noise. That the reference is right here too is tested above.
     check(70, MIXED, dtype, offset=1000.0, centered=True, biases=biases)
 
 
@@ -142,7 +139,7 @@ def test_centering_loses_no_digits_to_common_gradients():
 
 @settings(max_examples=40, derandomize=True, deadline=None)
 @given(
-    n=st.integers(0, 300),
+    n=st.integers(0, 200),
     sizes=st.lists(st.tuples(st.integers(1, 90), st.integers(1, 90)), min_size=1, max_size=4),
     dtype=st.sampled_from(budget.DTYPES),
     layout=st.sampled_from(budget.LAYOUTS),

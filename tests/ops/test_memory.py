@@ -39,6 +39,14 @@ CALLS = {
     "damped_inverse of a batch": (
         "a = torch.eye(128).repeat(100, 1, 1); call = lambda: ops.damped_inverse(a, 0.1)"
     ),
+    "grad_gram": (
+        "g, h = ([torch.randn(1500, d) for d in ds] for ds in ((900, 40), (700, 900)));"
+        "call = lambda: ops.grad_gram(g, h)"
+    ),
+    "grad_gram, centered": (
+        "g, h = ([torch.randn(1500, d) for d in ds] for ds in ((900, 40), (700, 900)));"
+        "call = lambda: ops.grad_gram(g, h, centered=True)"
+    ),
     "apply_update_": (
         "p, u, v = ([torch.randn(1500, 1500)] for _ in range(3));"
         "call = lambda: ops.apply_update_(p, u, v, lr=0.1, momentum=0.9)"
