@@ -20,7 +20,7 @@ GPU_HOME = {
     "precondition": "triton",
 }
 # Ops that run on the reference on a GPU until their kernel exists.
-GPU_KERNEL_MISSING = {"centered_grad", "damped_inverse", "grad_gram", "precondition"}
+GPU_KERNEL_MISSING = {"damped_inverse", "grad_gram"}
 
 
 def stems(folder: str, pattern: str) -> set[str]:

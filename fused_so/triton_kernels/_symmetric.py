@@ -4,51 +4,16 @@ The covariance sums over rows, the Gram matrix over columns: the same product wi
 exchanged. Everything here works on one square tile; what happens to it afterwards is the caller's.
 """
 
-import math
-from contextlib import AbstractContextManager, nullcontext
-
-import torch
 import triton
 import triton.language as tl
 
-
-def device_guard(x: torch.Tensor) -> AbstractContextManager:
-    """Makes x's device the current one: Triton launches on the current device, not on x's."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
-def dot_precision(dtype: torch.dtype) -> str:
-    """What `tl.dot` makes of its operands so that float32 follows PyTorch's global setting."""
-    # AMD has no three-product TF32, and TF32 itself on one generation only.
-    if dtype != torch.float32 or torch.version.hip is not None:
-        return "ieee"
-    # Three TF32 products have float32's accuracy at several times the rate of the FP32 units.
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-
-
-def load_widths(x: torch.Tensor) -> tuple[int, int]:
-    """For each axis of the matrix x, how many neighbours along it one 16-byte load may take.
-
-    Triton finds out by itself only about sizes and strides that are multiples of 16. A layer of
-    1000 or 500 units would load entry by entry, and its half inputs not even asynchronously."""
-    (rows, cols), (row_stride, col_stride) = x.shape, x.stride()
-    widest = 16 // x.element_size()
-    return (
-        math.gcd(widest, rows, col_stride) if row_stride == 1 else 1,
-        math.gcd(widest, cols, row_stride) if col_stride == 1 else 1,
-    )
+from ._matrix import multiple_of
 
 
 def triangle_grid(size: int, block: int) -> tuple[int]:
     """One program for each tile on or below the diagonal."""
     tiles = triton.cdiv(size, block)
     return (tiles * (tiles + 1) // 2,)
-
-
-@triton.jit
-def multiple_of(x, WIDTH: tl.constexpr):
-    """x, which is a multiple of WIDTH, in a form in which the compiler can see that it is."""
-    return x // WIDTH * WIDTH
 
 
 @triton.jit

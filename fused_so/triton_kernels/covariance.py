@@ -11,25 +11,24 @@ import torch
 import triton
 import triton.language as tl
 
-from ._symmetric import (
+from ._matrix import (
+    SUM_COLUMNS,
+    SUM_ROWS,
+    column_sums,
     device_guard,
     dot_precision,
     load_widths,
-    lower_mask,
     multiple_of,
+    row_splits,
+    sum_of_splits,
+)
+from ._symmetric import (
+    lower_mask,
     symmetric_product,
     tile_pointers,
     triangle_grid,
     triangle_tile,
 )
-
-# Tile of the column statistics, and how the rows are divided among programs: enough programs to
-# fill a GPU, few enough partial sums that one program adds them up. Nothing depends on the device
-# or on timing, so neither does the result.
-STATISTICS_ROWS = 32
-STATISTICS_COLUMNS = 64
-MIN_ROWS_PER_SPLIT = 256
-MAX_SPLITS = 64
 
 
 class Config(NamedTuple):
@@ -87,9 +86,8 @@ def _update(cov, mean, h, *, decay, centered, accepted):
     if d == 0:
         return
     config = heuristic_config(d, h.dtype)
-    rows_per_split = max(MIN_ROWS_PER_SPLIT, triton.cdiv(n, MAX_SPLITS))
-    splits = triton.cdiv(n, rows_per_split)
-    blocks = triton.cdiv(d, STATISTICS_COLUMNS)
+    rows_per_split, splits = row_splits(n)
+    blocks = triton.cdiv(d, SUM_COLUMNS)
     # Rows: the batch mean, the old mean. The product reads the old mean from this copy, so that
     # its tiles on the diagonal may overwrite the original while other tiles are still to come.
     means = cov.new_empty((2, d))
@@ -100,16 +98,16 @@ def _update(cov, mean, h, *, decay, centered, accepted):
         sums = cov.new_empty((splits, 2, d)) if splits > 1 else None
         _sum_columns[(blocks, splits)](
             h, *h.stride(), n, d, rows_per_split, sums, mean, decay, means, finite,
-            BLOCK_N=STATISTICS_ROWS, BLOCK_D=STATISTICS_COLUMNS, WIDTH_N=width_n, WIDTH_D=width_d,
+            BLOCK_N=SUM_ROWS, BLOCK_D=SUM_COLUMNS, WIDTH_N=width_n, WIDTH_D=width_d,
         )  # fmt: skip
         if splits > 1:
             _add_splits[(blocks,)](
                 sums, splits, n, d, mean, decay, means, finite,
-                BLOCK_S=triton.next_power_of_2(splits), BLOCK_D=STATISTICS_COLUMNS,
+                BLOCK_S=triton.next_power_of_2(splits), BLOCK_D=SUM_COLUMNS,
             )  # fmt: skip
         _update_product[triangle_grid(d, config.block_m)](
             h, *h.stride(), n, d, means, finite, cov, mean, accepted, decay,
-            CENTERED=centered, BLOCKS=triton.next_power_of_2(blocks), BLOCK_D=STATISTICS_COLUMNS,
+            CENTERED=centered, BLOCKS=triton.next_power_of_2(blocks), BLOCK_D=SUM_COLUMNS,
             BLOCK_M=config.block_m, BLOCK_K=config.block_k, PRECISION=dot_precision(h.dtype),
             WIDTH_N=width_n, WIDTH_D=width_d,
             num_warps=config.num_warps, num_stages=config.num_stages,
@@ -135,24 +133,13 @@ def _sum_columns(
     WIDTH_D: tl.constexpr,
 ):
     ACC: tl.constexpr = mean_ptr.dtype.element_ty
-    d = multiple_of(d, WIDTH_D)
-    stride_d, stride_n = multiple_of(stride_d, WIDTH_N), multiple_of(stride_n, WIDTH_D)
     col = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    col_ptrs = h_ptr + col.to(tl.int64) * stride_d
     split = tl.program_id(1).to(tl.int64)
     first = split * rows_per_split
-    last = tl.minimum(first + rows_per_split, n)
-
-    total = tl.zeros((BLOCK_N, BLOCK_D), ACC)
-    squares = tl.zeros((BLOCK_N, BLOCK_D), ACC)
-    for start in range(first, last, BLOCK_N):
-        row = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
-        mask = (row < last)[:, None] & (col < d)[None, :]
-        x = tl.load(col_ptrs[None, :] + row[:, None] * stride_n, mask=mask, other=0.0).to(ACC)
-        total += x
-        squares += x * x
-    total = tl.sum(total, axis=0)  # (BLOCK_D,)
-    squares = tl.sum(squares, axis=0)
+    total, squares = column_sums(
+        h_ptr, stride_n, stride_d, d, col, first, tl.minimum(first + rows_per_split, n),
+        ACC, SQUARES=True, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, WIDTH_N=WIDTH_N, WIDTH_D=WIDTH_D,
+    )  # fmt: skip
 
     if sums_ptr is None:
         _finish_columns(total, squares, col, n, d, mean_ptr, decay, means_ptr, finite_ptr)
@@ -176,11 +163,8 @@ def _add_splits(
     BLOCK_D: tl.constexpr,
 ):
     col = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    split = tl.arange(0, BLOCK_S)
-    mask = (split < splits)[:, None] & (col < d)[None, :]
-    ptrs = sums_ptr + split.to(tl.int64)[:, None] * 2 * d + col[None, :]  # (BLOCK_S, BLOCK_D)
-    total = tl.sum(tl.load(ptrs, mask=mask, other=0.0), axis=0)
-    squares = tl.sum(tl.load(ptrs + d, mask=mask, other=0.0), axis=0)
+    total = sum_of_splits(sums_ptr, 2 * d, splits, col, d, BLOCK_S)
+    squares = sum_of_splits(sums_ptr + d, 2 * d, splits, col, d, BLOCK_S)
     _finish_columns(total, squares, col, n, d, mean_ptr, decay, means_ptr, finite_ptr)
 
 

@@ -7,15 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fused_so import ops, reference
-from tests.ops import budget
+from fused_so import ops
+from tests.ops import budget, checks
 
 
-def check(n, out, width, dtype, layout="contiguous", offset=0.0):
-    g = budget.random_matrix(n, out, dtype, seed=1, layout=layout)
-    h = budget.random_matrix(n, width, dtype, seed=2, layout=layout) + offset
-    got = ops.centered_grad(g, h)
-    budget.assert_within_budget(got, reference.centered_grad, [g, h], budget.row_orders)
+def check(*sizes, **options):
+    checks.centered_grad(ops.centered_grad, *sizes, **options)
 
 
 @pytest.mark.parametrize("dtype", budget.DTYPES)

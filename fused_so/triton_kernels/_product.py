@@ -1,0 +1,175 @@
+"""A product whose left factor loses a rank-1 term as it is loaded: (A - u v^T) B, tile by tile.
+
+Centering is such a term, and so is the bias' part of a layer's gradient. A long sum is cut into
+pieces, for more programs than the result has tiles; their partial products are added in order
+afterwards, so a result is the same in every run.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ._matrix import multiple_of
+
+# A GPU has 100 to 150 processors: fewer programs than this leave some of them idle.
+ENOUGH_PROGRAMS = 128
+# Cutting a sum shorter than this costs more in partial products than it gains.
+MIN_DEPTH = 128
+# Rows of tiles that run side by side, so that their columns of B are still cached.
+GROUP = tl.constexpr(8)
+
+
+class Config(NamedTuple):
+    """Tile of the product: BLOCK_M x BLOCK_N of the result, BLOCK_K terms of the sum at a time."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+class Plan(NamedTuple):
+    """One product's tile, its grid, and the length of the pieces of its sum."""
+
+    config: Config
+    tiles: int
+    splits: int
+    depth: int
+
+
+# Largest tile first, by the type of B: 128 x 128 is what keeps the tensor cores busier than the
+# cache. The depths are what Triton 3.6 and 3.9 compile without spills and within the shared memory
+# of every target. Not yet measured on a GPU.
+CONFIGS = {
+    torch.float64: (
+        Config(block_m=64, block_n=64, block_k=16, num_warps=8, num_stages=3),
+        Config(block_m=32, block_n=32, block_k=16, num_warps=4, num_stages=3),
+    ),
+    torch.float32: (
+        Config(block_m=128, block_n=128, block_k=16, num_warps=8, num_stages=3),
+        Config(block_m=64, block_n=64, block_k=32, num_warps=8, num_stages=3),
+        Config(block_m=32, block_n=32, block_k=32, num_warps=4, num_stages=3),
+    ),
+    torch.float16: (
+        Config(block_m=128, block_n=128, block_k=32, num_warps=8, num_stages=3),
+        Config(block_m=64, block_n=64, block_k=64, num_warps=8, num_stages=3),
+        Config(block_m=32, block_n=32, block_k=64, num_warps=4, num_stages=3),
+    ),
+}
+CONFIGS[torch.bfloat16] = CONFIGS[torch.float16]
+
+
+def plan(m: int, n: int, k: int, dtype: torch.dtype, *, splittable: bool = True) -> Plan:
+    """The largest tile that leaves few processors idle, and the fewest pieces that do the same."""
+    for config in CONFIGS[dtype]:
+        # Without columns there are tiles all the same: a program may have more to write.
+        tiles = max(1, triton.cdiv(m, config.block_m)) * max(1, triton.cdiv(n, config.block_n))
+        most = max(1, k // MIN_DEPTH) if splittable else 1
+        if tiles * most >= ENOUGH_PROGRAMS:
+            break
+    depth = triton.cdiv(k, min(most, triton.cdiv(ENOUGH_PROGRAMS, tiles)))
+    depth = max(1, triton.cdiv(depth, config.block_k)) * config.block_k
+    return Plan(config, tiles, max(1, triton.cdiv(k, depth)), depth)
+
+
+@triton.jit
+def product_tile(tile, size_m, size_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Position (i, j) of a tile counted down the rows of one group after another."""
+    tiles_m = tl.maximum(tl.cdiv(size_m, BLOCK_M), 1)
+    tiles_n = tl.maximum(tl.cdiv(size_n, BLOCK_N), 1)
+    return tl.swizzle2d(tile // tiles_n, tile % tiles_n, tiles_m, tiles_n, GROUP)
+
+
+@triton.jit
+def corrected_product(
+    a_ptr,  # (size_m, size_k)
+    stride_am,
+    stride_ak,
+    b_ptr,  # (size_k, size_n)
+    stride_bk,
+    stride_bn,
+    size_m,
+    size_n,
+    size_k,
+    split,
+    depth,
+    row,
+    col,
+    u,  # (BLOCK_M,), or None when A is not corrected
+    v_ptr,  # (size_k,), or None for ones
+    stride_v,
+    ACC: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROUNDED: tl.constexpr,
+    WIDTH_AM: tl.constexpr,
+    WIDTH_AK: tl.constexpr,
+    WIDTH_BK: tl.constexpr,
+    WIDTH_BN: tl.constexpr,
+):
+    """acc[r, c] = sum_k (a[row_r, k] - u_r v[k]) b[k, col_c], (BLOCK_M, BLOCK_N).
+
+    The sum runs over the piece of k that is number `split`, `depth` long."""
+    # An offset can pass 2^31, and so can a stride times the block.
+    first = split.to(tl.int64) * depth
+    size_k = tl.minimum(size_k - first, depth).to(tl.int32)
+    size_am, stride_ak = multiple_of(size_m, WIDTH_AM), multiple_of(stride_ak, WIDTH_AM)
+    size_ak, stride_am = multiple_of(size_k, WIDTH_AK), multiple_of(stride_am, WIDTH_AK)
+    size_bk, stride_bn = multiple_of(size_k, WIDTH_BK), multiple_of(stride_bn, WIDTH_BK)
+    size_bn, stride_bk = multiple_of(size_n, WIDTH_BN), multiple_of(stride_bk, WIDTH_BN)
+    k = tl.arange(0, BLOCK_K)
+    at = first + k
+    a_ptrs = a_ptr + row.to(tl.int64)[:, None] * stride_am + at[None, :] * stride_ak
+    b_ptrs = b_ptr + at[:, None] * stride_bk + col.to(tl.int64)[None, :] * stride_bn
+    a_step = tl.cast(stride_ak, tl.int64) * BLOCK_K
+    b_step = tl.cast(stride_bk, tl.int64) * BLOCK_K
+    a_mask = (row < size_am)[:, None]
+    b_mask = (col < size_bn)[None, :]
+
+    acc = tl.zeros((row.shape[0], col.shape[0]), ACC)
+    for start in range(0, size_k, BLOCK_K):
+        a = tl.load(a_ptrs, mask=a_mask & (k < size_ak - start)[None, :], other=0.0)
+        b = tl.load(b_ptrs, mask=b_mask & (k < size_bk - start)[:, None], other=0.0)
+        if u is not None:
+            # Past the end a becomes -u v instead of 0, but there b is 0.
+            a = a.to(ACC)
+            if v_ptr is None:
+                a -= u[:, None]
+            else:
+                v_ptrs = v_ptr + (at + start) * stride_v
+                v = tl.load(v_ptrs, mask=k < size_k - start, other=0.0).to(ACC)
+                a -= u[:, None] * v[None, :]
+        acc = _add_product(acc, a, b, PRECISION, ROUNDED)
+        a_ptrs += a_step
+        b_ptrs += b_step
+    return acc
+
+
+@triton.jit
+def _add_product(acc, a, b, PRECISION: tl.constexpr, ROUNDED: tl.constexpr):
+    """acc + a b, where b may be of half precision and a, computed from halves, of float32.
+
+    The difference of two half numbers is the sum of two: it, rounded, and what rounding took.
+    Two products on the half units are exact where one in float32 costs six."""
+    if a.dtype == b.dtype:
+        return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+    high = a
+    if b.dtype == tl.float16:
+        # Two float16 numbers can be twice float16's range apart: the second takes the excess.
+        high = tl.clamp(a, -65504.0, 65504.0)
+    high = high.to(b.dtype)
+    acc = tl.dot(high, b, acc, out_dtype=acc.dtype)
+    if not ROUNDED:
+        low = (a - high.to(a.dtype)).to(b.dtype)
+        acc = tl.dot(low, b, acc, out_dtype=acc.dtype)
+    return acc
+
+
+@triton.jit
+def store_tile(out_ptr, stride_m, stride_n, size_m, size_n, row, col, value):
+    """out[row, col] = value for the rows and columns that there are."""
+    ptrs = out_ptr + row.to(tl.int64)[:, None] * stride_m + col.to(tl.int64)[None, :] * stride_n
+    tl.store(ptrs, value, mask=(row < size_m)[:, None] & (col < size_n)[None, :])
