@@ -47,6 +47,14 @@ CALLS = {
         "g, h = ([torch.randn(1500, d) for d in ds] for ds in ((900, 40), (700, 900)));"
         "call = lambda: ops.grad_gram(g, h, centered=True)"
     ),
+    "jacobian_backprop": (
+        "j, w, p, d = (torch.randn(s) for s in ((300, 10, 1500), (1500, 1200), (300, 1500),"
+        " (300, 1500))); call = lambda: ops.jacobian_backprop(j, w, dphi=p, direction=d)"
+    ),
+    "jacobian_backprop, small": (
+        "j, w, d = torch.randn(200000, 10, 3), torch.randn(3, 2), torch.randn(200000, 3);"
+        "call = lambda: ops.jacobian_backprop(j, w, direction=d)"
+    ),
     "apply_update_": (
         "p, u, v = ([torch.randn(1500, 1500)] for _ in range(3));"
         "call = lambda: ops.apply_update_(p, u, v, lr=0.1, momentum=0.9)"

@@ -17,10 +17,11 @@ GPU_HOME = {
     "covariance": "triton",
     "damped_inverse": "cuda",
     "grad_gram": "triton",
+    "jacobian_backprop": "triton",
     "precondition": "triton",
 }
 # Ops that run on the reference on a GPU until their kernel exists.
-GPU_KERNEL_MISSING = {"damped_inverse", "grad_gram"}
+GPU_KERNEL_MISSING = {"damped_inverse", "grad_gram", "jacobian_backprop"}
 
 
 def stems(folder: str, pattern: str) -> set[str]:

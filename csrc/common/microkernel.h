@@ -32,6 +32,12 @@ template <class T, class S>
 using ScaleRow = void (*)(const S* source, int64_t col_stride, int64_t count, T scale, T u,
                           const T* v, T* to);
 
+// to[j] = source[j col_stride] factor[j]; returns sum_j to[j] other[j]. A null factor means ones,
+// a null other zeros.
+template <class T, class S>
+using MultiplyRow = T (*)(const S* source, int64_t col_stride, int64_t count, const T* factor,
+                          const T* other, T* to);
+
 // What reads an input of dtype S.
 template <class T, class S>
 struct Readers {
@@ -39,6 +45,7 @@ struct Readers {
   PackPanel<T, S> pack_b;
   SumColumns<S> sum_columns;
   ScaleRow<T, S> scale_row;
+  MultiplyRow<T, S> multiply_row;
 };
 
 template <class T>
@@ -63,6 +70,9 @@ struct Microkernel {
                     int64_t to_stride);
   // sum_i x[i stride] y[i], in float64.
   double (*dot)(int64_t count, const T* x, int64_t stride, const T* y);
+  // to[j] = sum_i weights[i] x[i row_stride + j].
+  void (*combine_rows)(int64_t rows, int64_t cols, const T* weights, const T* x, int64_t row_stride,
+                       T* to);
   AllReaders<T> readers;
 };
 

@@ -389,6 +389,57 @@ void scale_row(const S* source, int64_t col_stride, int64_t count, T scale, T u,
   }
 }
 
+// `count` <= V entries of multiply_row, neighbours; adds their products with `other` to `sum`.
+template <class T, int V, class S>
+void multiply_some(const S* source, int64_t count, const T* factor, const T* other, T* to,
+                   Vector<T, V>& sum) {
+  Vector<T, V> x = load_some<T, V>(source, count);
+  if (factor != nullptr) x *= load_some<T, V>(factor, count);
+  if (other != nullptr) sum += x * load_some<T, V>(other, count);
+  if (count == V) {
+    store<T, V>(to, x);
+  } else {
+    for (int64_t j = 0; j < count; ++j) to[j] = x[j];
+  }
+}
+
+template <class T>
+const T* after(const T* x, int64_t count) {
+  return x != nullptr ? x + count : x;
+}
+
+template <class T, int V, class S>
+T multiply_row(const S* source, int64_t col_stride, int64_t count, const T* factor, const T* other,
+               T* to) {
+  constexpr int kSums = 2;  // chains of additions in flight
+  Vector<T, V> sums[kSums] = {};
+  int64_t j = 0;
+  for (; col_stride == 1 && j + kSums * V <= count; j += kSums * V) {
+#pragma GCC unroll 2
+    for (int b = 0; b < kSums; ++b) {
+      const int64_t k = j + b * V;
+      multiply_some<T, V>(source + k, V, after(factor, k), after(other, k), to + k, sums[b]);
+    }
+  }
+  for (; j < count; j += V) {
+    const int64_t some = count - j < V ? count - j : V;
+    const T *const f = after(factor, j), *const o = after(other, j);
+    if (col_stride == 1) {
+      multiply_some<T, V>(source + j, some, f, o, to + j, sums[0]);
+      continue;
+    }
+    T gathered[V];
+    for (int64_t l = 0; l < some; ++l) {
+      gathered[l] = load_some<T, V>(source + (j + l) * col_stride, 1)[0];
+    }
+    multiply_some<T, V>(gathered, some, f, o, to + j, sums[0]);
+  }
+  const Vector<T, V> total = sums[0] + sums[1];
+  T sum = 0;
+  for (int l = 0; l < V; ++l) sum += total[l];
+  return sum;
+}
+
 // V is the number of float64 in a vector.
 template <class T, int V>
 double dot(int64_t count, const T* x, int64_t stride, const T* y) {
@@ -408,10 +459,52 @@ double dot(int64_t count, const T* x, int64_t stride, const T* y) {
   return sum;
 }
 
+// `Blocks` vectors of neighbouring columns, or one of `count` columns. Sums of 64 rows are added
+// up, so that the rounding of a long sum stays small.
+template <int Blocks, class T, int V>
+void combine_blocks(int64_t rows, int64_t count, const T* weights, const T* x, int64_t row_stride,
+                    T* to) {
+  constexpr int64_t kRows = 64;
+  Vector<T, V> total[Blocks] = {};
+  for (int64_t first = 0; first < rows; first += kRows) {
+    const int64_t end = rows - first < kRows ? rows : first + kRows;
+    Vector<T, V> sum[Blocks] = {};
+    for (int64_t i = first; i < end; ++i) {
+#pragma GCC unroll 4
+      for (int b = 0; b < Blocks; ++b) {
+        const T* from = x + i * row_stride + b * V;
+        sum[b] += weights[i] * (Blocks > 1 ? load<T, V>(from) : load_some<T, V>(from, count));
+      }
+    }
+#pragma GCC unroll 4
+    for (int b = 0; b < Blocks; ++b) total[b] += sum[b];
+  }
+  if (Blocks > 1 || count == V) {
+#pragma GCC unroll 4
+    for (int b = 0; b < Blocks; ++b) store<T, V>(to + b * V, total[b]);
+  } else {
+    for (int64_t j = 0; j < count; ++j) to[j] = total[0][j];
+  }
+}
+
+template <class T, int V>
+void combine_rows(int64_t rows, int64_t cols, const T* weights, const T* x, int64_t row_stride,
+                  T* to) {
+  constexpr int kBlocks = 4;
+  int64_t j = 0;
+  for (; j + kBlocks * V <= cols; j += kBlocks * V) {
+    combine_blocks<kBlocks, T, V>(rows, V, weights, x + j, row_stride, to + j);
+  }
+  for (; j < cols; j += V) {
+    combine_blocks<1, T, V>(rows, cols - j < V ? cols - j : V, weights, x + j, row_stride, to + j);
+  }
+}
+
 template <class T, int V, int AWidth, int BWidth, class S>
 constexpr Readers<T, S> make_readers() {
   return {&pack_panel<T, V, AWidth, S>, &pack_panel<T, V, BWidth, S>,
-          &sum_columns<T, V* static_cast<int>(sizeof(T)) / 8, S>, &scale_row<T, V, S>};
+          &sum_columns<T, V* static_cast<int>(sizeof(T)) / 8, S>, &scale_row<T, V, S>,
+          &multiply_row<T, V, S>};
 }
 
 // Turns V x V blocks over; what is left at the edges goes entry by entry.
@@ -471,6 +564,7 @@ constexpr Microkernel<T> make_microkernel() {
                         &square<T, MR, V, b_width>,
                         &transpose_block<T, V>,
                         &dot<T, V* static_cast<int>(sizeof(T)) / 8>,
+                        &combine_rows<T, V>,
                         {}};
   fill_tiles<T, MR, 1, V, a_width, b_width>(kernel);
   fill_tiles<T, MR, 2, V, a_width, b_width>(kernel);

@@ -5,6 +5,7 @@ from fused_so.ops.centered_grad import centered_grad
 from fused_so.ops.covariance import covariance, covariance_
 from fused_so.ops.damped_inverse import damped_inverse
 from fused_so.ops.grad_gram import grad_gram
+from fused_so.ops.jacobian_backprop import jacobian_backprop
 from fused_so.ops.precondition import precondition
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "covariance_",
     "damped_inverse",
     "grad_gram",
+    "jacobian_backprop",
     "precondition",
 ]

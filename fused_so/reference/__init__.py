@@ -5,6 +5,7 @@ from fused_so.reference.centered_grad import centered_grad
 from fused_so.reference.covariance import covariance, covariance_
 from fused_so.reference.damped_inverse import damped_inverse
 from fused_so.reference.grad_gram import grad_gram
+from fused_so.reference.jacobian_backprop import jacobian_backprop
 from fused_so.reference.precondition import precondition
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "covariance_",
     "damped_inverse",
     "grad_gram",
+    "jacobian_backprop",
     "precondition",
 ]
