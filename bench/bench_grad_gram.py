@@ -23,7 +23,7 @@ def layers(size):
 
 def two_products(gs, hs):
     n = len(gs[0])
-    gram, ones = torch.zeros(n, n), torch.ones(n, n)
+    gram, ones = torch.zeros(n, n), torch.ones(())
     for g, h in zip(gs, hs, strict=True):
         gram.addcmul_(torch.addmm(ones, h, h.T), torch.mm(g, g.T))
     return gram

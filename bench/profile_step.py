@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import time
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -14,7 +15,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.profile_step", description=__doc__)
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="acp")
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=100, help="of which one refreshes inverses")
+    parser.add_argument("--steps", type=int, default=100, help="inverses are refreshed every 100")
     parser.add_argument("--rows", type=int, default=25)
     options = parser.parse_args(arguments)
     if min(options.batch, options.steps, options.rows) < 1:
@@ -26,8 +27,13 @@ def main(arguments: list[str] | None = None) -> int:
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         for _ in range(options.steps):
             step()
+    start = time.perf_counter()
+    for _ in range(options.steps):
+        step()
+    wall = time.perf_counter() - start
     for line in table(profiler, options.steps, options.rows):
         print(line)
+    print(f"{'wall clock, without the profiler':<50}{wall * 1e3 / options.steps:>10.3f}")
     return 0
 
 

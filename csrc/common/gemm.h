@@ -11,14 +11,14 @@
 // the parts depend on the shape alone and are added in order.
 //
 // 2 m n k operations (half for a symmetric product). Each block of depth 512 (256 in float64) moves
-// C once. Scratch, kept by the threads: at most 2 MiB for each operand, and 2 MiB where k is split.
+// C once. Scratch, kept by the threads: at most 4 MiB for the panels of all, 2 MiB where k is
+// split.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <type_traits>
-#include <vector>
 
 #include "common/dispatch.h"
 #include "common/matrix.h"
@@ -303,49 +303,60 @@ struct Block {
   int64_t row, rows, col, cols;
 };
 
-// Edges of `count` parts of 0 .. size, multiples of `tile`: equal parts, or, with `lower`, parts
-// of the rows of a lower triangle that hold equally many entries: rows up to x hold x^2 / 2.
-inline std::vector<int64_t> edges(int64_t size, int64_t count, int64_t tile, bool lower = false) {
-  std::vector<int64_t> result;
-  for (int64_t i = 0; i <= count; ++i) {
-    const double part = static_cast<double>(i) / count;
-    const double edge = (lower ? std::sqrt(part) : part) * size;
-    result.push_back(std::min(size, static_cast<int64_t>(std::ceil(edge / tile)) * tile));
+// C cut into rows x cols blocks at multiples of the tile. A lower triangle is cut into rows that
+// hold equally many of its entries, those up to x holding x^2 / 2, each as wide as its last row.
+struct Grid {
+  int64_t m, n, rows, cols, mr, nr;
+  bool lower;
+
+  int64_t row_edge(int64_t i) const {
+    const double part = static_cast<double>(i) / rows;
+    return edge((lower ? std::sqrt(part) : part) * m, m, mr);
   }
-  return result;
-}
+  int64_t col_edge(int64_t j) const { return edge(static_cast<double>(j) / cols * n, n, nr); }
+  int64_t count() const { return rows * cols; }
+
+  Block block(int64_t index) const {
+    const int64_t row = row_edge(index / cols), row_end = row_edge(index / cols + 1);
+    const int64_t col = col_edge(index % cols);
+    return {row, row_end - row, col, (lower ? row_end : col_edge(index % cols + 1)) - col};
+  }
+
+  static int64_t edge(double wanted, int64_t size, int64_t tile) {
+    return std::min(size, static_cast<int64_t>(std::ceil(wanted / tile)) * tile);
+  }
+};
 
 // What a worker does alone for `entries` of C, in multiplications per k: packing an entry of A,
-// which is mostly transposed on the way, takes as long as 40 of them, one of B 10; measured.
+// which may have to be transposed, takes as long as 40 of them, one of B 10; measured.
 inline double block_cost(double entries, double rows, double cols) {
   return entries + 40 * rows + 10 * cols;
 }
 
-// C cut into one block for each worker, or nothing where that does not pay. Workers that pack
-// their own operands wait for nobody and fetch no panels from each other's caches, but what they
-// share is packed more than once, and takes more scratch.
+// The grid for `workers` that pack their own operands, or one block where sharing panels is
+// cheaper. Such workers wait for nobody and fetch no panels from each other's caches, but what two
+// of them read is packed twice, and all their scratch may take no more than shared panels do.
 template <class T>
-std::vector<Block> cut(int64_t m, int64_t n, int64_t k, bool lower, int64_t workers) {
+Grid choose_grid(int64_t m, int64_t n, int64_t k, bool lower, int64_t workers) {
+  constexpr double kWorthIt = 1.25;  // sharing waits twice for each block of depth
   const Microkernel<T>& kernel = microkernel<T>();
+  const Blocking<T> blocking(m, n, k);
   const double wanted = static_cast<double>(m) * n / (lower ? 2 : 1);
-  double least = 1.25 * block_cost(wanted, m, n) / workers;
-  std::vector<Block> best;
-  for (int64_t grid_rows = lower ? workers : 1; grid_rows <= workers; ++grid_rows) {
-    const std::vector<int64_t> row = edges(m, grid_rows, kernel.mr, lower);
-    const std::vector<int64_t> col = edges(n, workers / grid_rows, kernel.nr);
-    std::vector<Block> blocks;
-    double most = 0, scratch = 0;
-    for (size_t i = 0; i + 1 < row.size(); ++i) {
-      for (size_t j = 0; j + 1 < col.size(); ++j) {
-        const int64_t end = lower ? row[i + 1] : col[j + 1];
-        const Block b{row[i], row[i + 1] - row[i], col[j], end - col[j]};
-        const double above = lower ? 0.5 * b.rows * b.rows : 0;
-        blocks.push_back(b);
-        most = std::max(most, block_cost(1.0 * b.rows * b.cols - above, b.rows, b.cols));
-        scratch += b.rows * std::min(k, kDepth<T>) * sizeof(T) + kGroupBytes;
-      }
-    }
-    if (scratch <= 2 * kScratchBytes && most < least) best = blocks, least = most;
+  double least = kWorthIt * block_cost(wanted, m, n) / workers;
+  Grid best{m, n, 1, 1, kernel.mr, kernel.nr, lower};
+  for (int64_t rows = lower ? workers : 1; rows <= workers; ++rows) {
+    const Grid grid{m, n, rows, workers / rows, kernel.mr, kernel.nr, lower};
+    // The first block has the most rows of a triangle, and the last one of it the most columns.
+    const Block first = grid.block(0), last = grid.block(grid.count() - 1);
+    const int64_t lanes = divide_up(first.rows, kernel.mr) * kernel.a_width +
+                          std::min(last.cols + kernel.nr, blocking.group);
+    const int64_t scratch = workers * lanes * blocking.depth * static_cast<int64_t>(sizeof(T));
+    const auto cost = [&](const Block& b) {
+      const double above = lower ? 0.5 * b.rows * b.rows : 0;
+      return block_cost(1.0 * b.rows * b.cols - above, b.rows, b.cols);
+    };
+    const double most = std::max(cost(first), cost(last));
+    if (scratch <= 2 * kScratchBytes && most < least) best = grid, least = most;
   }
   return best;
 }
@@ -361,10 +372,10 @@ void run(T alpha, const Matrix<SA>& a, const Matrix<SB>& b, T beta, const Target
   const int64_t workers = count_workers(threads);
   if (parts == 1) {
     if (workers == 1) return multiply_alone(alpha, a, b, beta, target, finish);
-    const std::vector<Block> blocks = cut<T>(m, n, k, target.lower, workers);
-    if (blocks.empty()) return multiply_together(alpha, a, b, beta, target, finish);
-    return for_each_task(blocks.size(), threads, [&](int64_t task) {
-      const Block& c = blocks[task];
+    const Grid grid = choose_grid<T>(m, n, k, target.lower, workers);
+    if (grid.count() == 1) return multiply_together(alpha, a, b, beta, target, finish);
+    return for_each_task(grid.count(), threads, [&](int64_t task) {
+      const Block c = grid.block(task);
       multiply_alone(alpha, a.block(c.row, 0, c.rows, k), b.block(0, c.col, k, c.cols), beta,
                      target.block(c.row, c.col),
                      [&](int64_t row, int64_t col, int64_t rows, int64_t cols) {

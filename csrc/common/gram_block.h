@@ -14,18 +14,6 @@ struct Range {
   int64_t first, count;
 };
 
-namespace gemm_detail {
-
-template <class T, class S>
-void pack_rows(const Matrix<S>& x, T* panels) {
-  const Microkernel<T>& kernel = microkernel<T>();
-  for (int64_t row = 0; row < x.rows; row += kernel.nr, panels += kernel.nr * x.cols) {
-    pack<T, S>(readers<T, S>(kernel).pack_b, x, row, panels);
-  }
-}
-
-}  // namespace gemm_detail
-
 // C[rows, cols] = X[rows, :] X[cols, :]^T. C has room for whole panels: both counts rounded up to a
 // multiple of the micro-kernel's nr. Where the block lies on the diagonal, the panels above it are
 // left as they are.
@@ -42,8 +30,12 @@ void gram_block(const Matrix<S>& x, Range rows, Range cols, T* c, int64_t ldc) {
   // No columns at all still make C zero.
   for (int64_t depth = 0; depth == 0 || depth < x.cols; depth += depth_limit) {
     const int64_t steps = std::min(depth_limit, x.cols - depth);
-    pack_rows(x.block(cols.first, depth, cols.count, steps), right);
-    if (!diagonal) pack_rows(x.block(rows.first, depth, rows.count, steps), left);
+    const auto pack_rows = [&](Range range, T* panels) {
+      pack_all<T>(readers<T, S>(kernel).pack_b, x.block(range.first, depth, range.count, steps),
+                  width, width, panels);
+    };
+    pack_rows(cols, right);
+    if (!diagonal) pack_rows(rows, left);
     for (int64_t i = 0; i < row_count; ++i) {
       for (int64_t j = 0; j < (diagonal ? i + 1 : col_count); ++j) {
         kernel.square(steps, left + i * width * steps, right + j * width * steps,

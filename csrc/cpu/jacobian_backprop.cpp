@@ -2,7 +2,8 @@
 // multiplies by the activation's derivative while it packs, takes J direction from the same rows
 // before they leave the cache, and pulls an example back as soon as its rows are complete.
 // 2 n o out in operations, 2 n o (out + in) more for the pull-back; n o (out + in) entries moved,
-// those of jac read once: bound by arithmetic from layers of about 64 features.
+// those of jac read once for each 1024 columns of the weight: bound by arithmetic from layers of
+// about 64 features.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -94,8 +95,8 @@ void pack_rows(const Jacobians<S>& j, int64_t row, int64_t rows, int64_t col, in
         j.jac + example * j.example_stride + output * j.output_stride + col * j.col_stride;
     T* const to = scaled + i * kStride;
     // J = jac * dphi, t = J direction
-    const T tangent = gemm_detail::readers<T, S>(kernel).multiply_row(as_bits(from), j.col_stride,
-                                                                      steps, dphi, direction, to);
+    const T tangent = gemm_detail::readers<T, S>(kernel).multiply_row(
+        as_bits(from), j.col_stride, steps, dphi, tangents != nullptr ? direction : nullptr, to);
     if (tangents != nullptr) tangents[row + i] += tangent;
   }
   gemm_detail::pack<T, T>(gemm_detail::readers<T, T>(kernel).pack_a,

@@ -51,18 +51,20 @@ void multiply_both_sides(T scale, const Matrix<S>& x, const std::optional<Tensor
   if (!a && !go) return scaled_copy(scale, x, to);
   if (!go) return gemm(scale, x, view<T>(*a), T(0), to, in, Threads::kAll);
   if (!a) return gemm(scale, view<T>(*go), x, T(0), to, in, Threads::kAll);
-  // Some columns at a time, so that what lies between the two products stays small.
+  // Some rows of what lies between the two products at a time, so that it stays small: A, which is
+  // cheaper to pack than the others, is packed again for each.
   constexpr int64_t kBetweenBytes = 2 << 20;
   const int64_t fitting =
-      kBetweenBytes / static_cast<int64_t>(sizeof(T)) / std::max<int64_t>(1, out);
-  const int64_t step = gemm_detail::even_part(in, std::max<int64_t>(64, fitting / 64 * 64), 64);
+      kBetweenBytes / static_cast<int64_t>(sizeof(T)) / std::max<int64_t>(1, in);
+  const int64_t step = gemm_detail::even_part(out, std::max<int64_t>(16, fitting / 16 * 16), 16);
   thread_local Scratch scratch;
-  T* const between = scratch.get<T>(out * step);
-  const Matrix<T> inverse = view<T>(*a);
-  for (int64_t col = 0; col < in; col += step) {
-    const int64_t cols = std::min(step, in - col);
-    gemm(scale, x, inverse.block(0, col, in, cols), T(0), between, cols, Threads::kAll);
-    gemm(T(1), view<T>(*go), view(between, out, cols, cols), T(0), to + col, in, Threads::kAll);
+  T* const between = scratch.get<T>(step * in);
+  const Matrix<T> left = view<T>(*go);
+  for (int64_t row = 0; row < out; row += step) {
+    const int64_t rows = std::min(step, out - row);
+    gemm(scale, x.block(row, 0, rows, in), view<T>(*a), T(0), between, in, Threads::kAll);
+    gemm(T(1), left.block(0, row, out, rows), view(between, rows, in, in), T(row > 0), to, in,
+         Threads::kAll);
   }
 }
 

@@ -25,16 +25,15 @@ def shape(name: str, value: Tensor, expected: tuple[int | str, ...]) -> None:
     """Requires the rank of `expected`, and its sizes where they are numbers."""
     floating(name, value)
     got = value.shape
+    # The common case first: checks are most of the cost of an op on small matrices.
     if got == expected:
         return
-    if len(got) == len(expected):
-        for size, want in zip(got, expected, strict=True):
-            if size != want and not isinstance(want, str):
-                break
-        else:
-            return
-    wanted = ", ".join(str(size) for size in expected)
-    raise ValueError(f"{name} must have shape ({wanted}), got {tuple(got)}")
+    fits = len(got) == len(expected) and all(
+        isinstance(want, str) or size == want for size, want in zip(got, expected, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join(str(size) for size in expected)
+        raise ValueError(f"{name} must have shape ({wanted}), got {tuple(got)}")
 
 
 def mutated(*tensors: Tensor) -> None:

@@ -142,8 +142,8 @@ class ACP(KroneckerOptimizer):
         alpha = layer.group["alpha"]
         if alpha in HEURISTICS and g.numel():
             batch = layer.batch
-            # max_j |d loss_i / d a_ij|
-            largest = torch.maximum(g.amax(1), -g.amin(1)).double()  # squares do not overflow
+            # max_j |d loss_i / d a_ij|, without a copy of g, and such that squares do not overflow
+            largest = torch.maximum(g.amax(1), -g.amin(1)).double()
             batch["rows"] = batch.get("rows", 0) + len(largest)
             if alpha == "rms_gradient":
                 batch["sum"] = batch.get("sum", 0.0) + largest.dot(largest)

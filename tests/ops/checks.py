@@ -30,10 +30,14 @@ def _feature_orders(arguments):
         )
 
 
-def precondition(run, out, width, dtype, *, layout="contiguous", sides="both", alpha=1.0):
+def precondition(
+    run, out, width, dtype, *, layout="contiguous", sides="both", alpha=1.0, scale=1.0
+):
     results = budget.accumulate(dtype)
     grad_weight = budget.random_matrix(out, width, dtype, seed=1, layout=layout)
     grad_bias = budget.random_matrix(out, 1, dtype, seed=2, layout=layout)[:, 0]
+    if scale != 1:  # which would lose the layout
+        grad_weight, grad_bias = scale * grad_weight, scale * grad_bias
     mean = budget.random_matrix(width, 1, results, seed=3, layout=layout)[:, 0]
     # Not symmetric, so that a transposed read shows.
     a = budget.random_matrix(width, width, results, seed=4, layout=layout)

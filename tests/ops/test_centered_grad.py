@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fused_so import ops
+from fused_so import ops, reference
 from tests.ops import budget, checks
 
 
@@ -41,6 +41,22 @@ def test_budget_around_the_blocks_of_depth(n, out, dtype):
 @pytest.mark.parametrize(("out", "width"), [(2060, 40), (40, 2060)])
 def test_budget_beyond_one_block(out, width):
     check(30, out, width, torch.float32)
+
+
+def test_budget_where_many_threads_share_panels():
+    budget.with_threads(8, lambda: check(600, 2060, 2060, torch.float32))
+
+
+@pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e-12, 1e12, 1e18])
+def test_huge_and_tiny_scales(scale):
+    g = budget.random_matrix(50, 20, torch.float32, seed=0)
+    h = scale * budget.random_matrix(50, 30, torch.float32, seed=1)
+    # The denormals among them have few bits, and lose no more.
+    exact = reference.centered_grad(g.double(), h.double())
+    plain = reference.centered_grad(g, h)
+    for got, other, truth in zip(ops.centered_grad(g, h), plain, exact, strict=True):
+        error, allowed = (got - truth).abs().max(), (other - truth).abs().max()
+        assert error <= 2 * allowed + torch.finfo(torch.float32).eps * truth.abs().max()
 
 
 def test_budget_with_a_mean_far_from_zero():
@@ -80,12 +96,14 @@ def test_centering_is_a_rank_one_correction_of_autograd():
     torch.testing.assert_close(bias, layer.bias.grad, rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize(("n", "out", "width"), [(4096, 64, 64), (300, 300, 400), (700, 3, 900)])
+@pytest.mark.parametrize(
+    ("n", "out", "width"),
+    [(4096, 64, 64), (300, 300, 400), (700, 3, 900), (600, 1000, 2100), (600, 2100, 100)],
+)
 def test_threads_do_not_change_a_bit(n, out, width):
     g = budget.random_matrix(n, out, torch.float32, seed=0)
     h = budget.random_matrix(n, width, torch.float32, seed=1)
-    one, two = (budget.with_threads(count, lambda: ops.centered_grad(g, h)) for count in (1, 2))
-    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    budget.assert_threads_do_not_change_a_bit(lambda: ops.centered_grad(g, h))
 
 
 @budget.needs_kernel

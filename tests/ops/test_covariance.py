@@ -78,6 +78,22 @@ def test_budget_beyond_one_block_of_rows_columns_and_depth(dtype):
     check_mixture(budget.random_matrix(600, 2100, dtype, seed=0), 0.9, True)
 
 
+@pytest.mark.parametrize("d", [4095, 4096, 4097])
+def test_budget_of_the_largest_sizes(d):
+    check_covariance(budget.random_matrix(6, d, torch.float32, seed=0), True)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e-12, 1e12, 1e18])
+def test_huge_and_tiny_scales(scale):
+    h = scale * budget.random_matrix(50, 30, torch.float32, seed=0)
+    cov, mean = ops.covariance(h)
+    # Products of numbers below 1e-22 vanish or are denormal, in any float32 product.
+    smallest = torch.finfo(torch.float32).tiny
+    exact, exact_mean = reference.covariance(h.double())
+    assert (cov - exact).abs().max() <= 1e-5 * exact.abs().max() + smallest
+    assert (mean - exact_mean).abs().max() <= 1e-6 * exact_mean.abs().max()
+
+
 def test_budget_with_a_mean_far_from_zero():
     h = budget.random_matrix(1000, 40, torch.float32, seed=0) + 1000
     check_covariance(h, True)
@@ -176,12 +192,10 @@ def test_two_batches_mixed_equal_one_batch_of_both():
     torch.testing.assert_close((cov, mean), both, rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize(("n", "d"), [(300, 500), (4096, 64), (5, 900)])
+@pytest.mark.parametrize(("n", "d"), [(300, 500), (4096, 64), (5, 900), (300, 2100), (600, 150)])
 def test_threads_do_not_change_a_bit(n, d):
     h = budget.random_matrix(n, d, torch.float32, seed=0)
-    one, two = (budget.with_threads(count, lambda: ops.covariance(h)) for count in (1, 2))
-    assert torch.equal(one[0], two[0])
-    assert torch.equal(one[1], two[1])
+    budget.assert_threads_do_not_change_a_bit(lambda: ops.covariance(h))
 
 
 @budget.needs_kernel

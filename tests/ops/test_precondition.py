@@ -94,15 +94,20 @@ def test_empty_sides():
     assert torch.equal(db, torch.ones(3))
 
 
-def test_threads_do_not_change_a_bit_of_our_own_products():
-    x = [budget.random_matrix(200, 200, torch.float32, seed=s) for s in range(3)]
-    one, two = (
-        budget.with_threads(
-            n, lambda: ops.precondition(x[0], x[0][0], x[0][1], x[1], output_inverse=x[2])
-        )
-        for n in (1, 2)
+@pytest.mark.parametrize(("out", "width"), [(200, 200), (700, 1100), (2100, 30)])
+def test_threads_do_not_change_a_bit(out, width):
+    grad, a, go = (
+        budget.random_matrix(rows, cols, torch.float32, seed=1)
+        for rows, cols in ((out, width), (width, width), (out, out))
     )
-    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    budget.assert_threads_do_not_change_a_bit(
+        lambda: ops.precondition(grad, grad[:, 0], a[0], a, output_inverse=go)
+    )
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])
+def test_huge_and_tiny_scales(scale):
+    check(40, 30, torch.float32, scale=scale)
 
 
 @budget.needs_kernel

@@ -644,6 +644,22 @@ def test_bad_options_are_named(options, error, message):
         fused_so.ACP(chain(3, 2), **options)
 
 
+@pytest.mark.parametrize("rows", [4, 100])
+def test_what_stays_after_a_step(rows):
+    # 4 rows are fewer than a layer's units, so that the step works on them.
+    model = chain(40, 30, 20, dtype=torch.float32)
+    opt = fused_so.ACP(model)
+    for _ in range(3):
+        backward(model, torch.randn(rows, 40))
+        opt.step()
+    assert all(not layer.batch for layer in opt._layers)
+    held = sum(v.numel() for s in opt.state.values() for v in s.values() if torch.is_tensor(v))
+    momentum = sum(p.numel() for p in model.parameters())
+    # Each layer: covariance, its inverse and a mean, and alpha.
+    factors = sum(2 * d * d + d + 1 for d in (40, 30))
+    assert held == momentum + factors
+
+
 def test_bad_models_are_named():
     with pytest.raises(TypeError, match="model must be an nn.Module, got generator"):
         fused_so.ACP(chain(3, 2).parameters())
