@@ -31,9 +31,10 @@ def damped_inverse(
         of A + damping I that is not positive definite. Such an inverse is all NaN.
 
     Raises:
-        TypeError: a is not of a floating dtype, or damping is neither a number nor a tensor.
+        TypeError: a is not of a floating dtype, the list mixes dtypes, or damping is neither a
+            number nor a tensor.
         ValueError: a is not square, damping is negative, NaN or infinite or has another shape,
-            devices differ, or the list is empty or mixes dtypes.
+            devices differ, or the list is empty.
 
     Source: George 2017, Algorithm 4 line 7. Not differentiable.
     """

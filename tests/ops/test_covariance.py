@@ -78,9 +78,8 @@ def test_budget_beyond_one_block_of_rows_columns_and_depth(dtype):
     check_mixture(budget.random_matrix(600, 2100, dtype, seed=0), 0.9, True)
 
 
-@pytest.mark.parametrize("d", [4095, 4096, 4097])
-def test_budget_of_the_largest_sizes(d):
-    check_covariance(budget.random_matrix(6, d, torch.float32, seed=0), True)
+def test_budget_of_a_large_size():
+    check_covariance(budget.random_matrix(6, 4097, torch.float32, seed=0), True)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e-12, 1e12, 1e18])
