@@ -13,6 +13,11 @@ namespace fused_so {
 struct ColumnSums {
   std::vector<double> sums;
   double sum_of_squares = 0;  // 0 if not asked for
+
+  template <class T>
+  void divide(double divisor, T* to) const {
+    for (size_t j = 0; j < sums.size(); ++j) to[j] = static_cast<T>(sums[j] / divisor);
+  }
 };
 
 // Rows are cut into parts that depend on the shape alone and are added in order, so the result

@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <tuple>
-#include <vector>
 
 #include "common/allocate.h"
 #include "common/column_sums.h"
@@ -16,11 +15,6 @@
 
 namespace fused_so {
 namespace {
-
-template <class T>
-void divide(const std::vector<double>& sums, double divisor, T* to) {
-  for (size_t j = 0; j < sums.size(); ++j) to[j] = static_cast<T>(sums[j] / divisor);
-}
 
 std::tuple<Tensor, Tensor, Tensor> centered_grad(Tensor g, Tensor h) {
   const int64_t n = g.size(0), out = g.size(1), in = h.size(1);
@@ -33,8 +27,8 @@ std::tuple<Tensor, Tensor, Tensor> centered_grad(Tensor g, Tensor h) {
     using T = Accumulate<S>;
     const Matrix<S> g_view = view<S>(g), h_view = view<S>(h);
     T* const m = write<T>(mean);
-    divide(column_sums(g_view, /*squares=*/false).sums, 1, write<T>(grad_bias));
-    divide(column_sums(h_view, /*squares=*/false).sums, std::max<int64_t>(n, 1), m);
+    column_sums(g_view, /*squares=*/false).divide(1, write<T>(grad_bias));
+    column_sums(h_view, /*squares=*/false).divide(std::max<int64_t>(n, 1), m);
     // dW = G^T (H - 1 m^T)
     gemm(T(1), g_view.transposed(), h_view.minus(nullptr, m), T(0), write<T>(grad_weight), in,
          Threads::kAll);

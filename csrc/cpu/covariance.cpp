@@ -18,13 +18,6 @@
 namespace fused_so {
 namespace {
 
-template <class T>
-std::vector<T> divide(const std::vector<double>& sums, int64_t n) {
-  std::vector<T> mean(sums.size());
-  for (size_t j = 0; j < sums.size(); ++j) mean[j] = static_cast<T>(sums[j] / n);
-  return mean;
-}
-
 // C = beta C + alpha (H - 1 m^T)^T (H - 1 m^T) + w s s^T; mean null: m = 0.
 template <class S, class T = Accumulate<S>>
 void scatter(T alpha, const Matrix<S>& h, const T* mean, T beta, const Tensor& cov,
@@ -46,9 +39,9 @@ std::tuple<Tensor, Tensor> covariance(Tensor h, bool centered) {
   with_type(h.scalar_type(), [&](auto tag) {
     using S = typename decltype(tag)::type;
     using T = Accumulate<S>;
-    const std::vector<T> m = divide<T>(column_sums(view<S>(h), /*squares=*/false).sums, n);
-    std::copy(m.begin(), m.end(), write<T>(mean));
-    scatter<S>(T(1) / n, view<S>(h), centered ? m.data() : nullptr, T(0), cov, {});
+    T* const m = write<T>(mean);
+    column_sums(view<S>(h), /*squares=*/false).divide(n, m);
+    scatter<S>(T(1) / n, view<S>(h), centered ? m : nullptr, T(0), cov, {});
   });
   return {cov, mean};
 }
@@ -63,7 +56,8 @@ bool mix(const Tensor& cov, const Tensor& mean, const Tensor& h, double decay, b
   if (!std::isfinite(static_cast<T>(statistics.sum_of_squares))) return false;
   if (decay == 1) return true;
 
-  const std::vector<T> batch_mean = divide<T>(statistics.sums, n);
+  std::vector<T> batch_mean(d);
+  statistics.divide(n, batch_mean.data());
   T* const m = write<T>(mean);
   const T beta = static_cast<T>(decay), rest = static_cast<T>(1 - decay);
   // C <- beta C + (1-beta)/n (H-1 m_b^T)^T (H-1 m_b^T) + beta (1-beta) (m-m_b)(m-m_b)^T

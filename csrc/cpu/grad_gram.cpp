@@ -41,8 +41,7 @@ void center(Operand<S>& operand, Threads threads) {
   const Matrix<S> x = operand.x;
   std::vector<T>& mean = operand.mean;
   mean.resize(x.cols);
-  const std::vector<double> sums = column_sums(x, /*squares=*/false).sums;
-  for (int64_t j = 0; j < x.cols; ++j) mean[j] = static_cast<T>(sums[j] / x.rows);
+  column_sums(x, /*squares=*/false).divide(x.rows, mean.data());
 
   const Microkernel<T>& kernel = gemm_detail::microkernel<T>();
   const auto& readers = gemm_detail::readers<T, S>(kernel);

@@ -339,13 +339,6 @@ def test_bad_arguments(a, damping, error, message):
         damped_inverse(a, damping)
 
 
-@pytest.mark.skipif("FUSED_SO_CPU" in os.environ, reason="an instruction set is already chosen")
-@pytest.mark.parametrize("variant", budget.variants())
-def test_every_instruction_set(variant):
-    # The names that run_file_with selects: "bit", "blocks", "tiles".
-    budget.run_file_with(variant, __file__)
-
-
 def test_an_unknown_instruction_set_is_an_error():
     program = "import torch, fused_so; fused_so.ops.damped_inverse(torch.eye(2), 0.1)"
     run = subprocess.run(

@@ -1,7 +1,5 @@
 """grad_gram: the inner products of gradients that are really made, symmetric to the bit."""
 
-import os
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -62,8 +60,11 @@ def check(n, sizes, dtype, layout="contiguous", offset=0.0, centered=False, bias
 
 
 def feature_orders(arguments):
-    """The matrices with their columns, over which the products sum, in three other orders."""
-    for seed in range(3):
+    """The matrices with their columns, over which the products sum, in seven other orders.
+
+    Few rows make few entries, whose largest error in one order is a matter of luck.
+    """
+    for seed in range(7):
         generator = torch.Generator().manual_seed(seed)
         yield [x[:, torch.randperm(x.shape[1], generator=generator)] for x in arguments]
 
@@ -191,11 +192,7 @@ def test_float16_does_not_overflow_where_float32_does_not():
 @pytest.mark.parametrize("centered", [False, True])
 def test_threads_do_not_change_a_bit(n, centered):
     gs, hs = batch(n, [(64, 300), (700, 40)], torch.float32)
-    one, *others = (
-        budget.with_threads(count, lambda: ops.grad_gram(gs, hs, centered=centered))
-        for count in (1, 2, 3, 7)
-    )
-    assert all(torch.equal(one, other) for other in others)
+    budget.assert_threads_do_not_change_a_bit(lambda: [ops.grad_gram(gs, hs, centered=centered)])
 
 
 def test_the_exact_natural_gradient_from_the_gram_matrix():
@@ -216,13 +213,6 @@ def test_the_exact_natural_gradient_from_the_gram_matrix():
     for g, h in zip(gs, hs, strict=True):
         step += [((c[:, None] * g).T @ h).flatten(), g.T @ c]
     torch.testing.assert_close(torch.cat(step), expected, rtol=1e-9, atol=1e-12)
-
-
-@budget.needs_kernel
-@pytest.mark.parametrize("variant", budget.variants())
-@pytest.mark.skipif("FUSED_SO_CPU" in os.environ, reason="this is such a process")
-def test_every_instruction_set(variant):
-    budget.run_file_with(variant, __file__)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

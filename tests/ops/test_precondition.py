@@ -1,7 +1,5 @@
 """precondition: right for every layout and dtype, and the inverse of the homogeneous factor."""
 
-import os
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -108,13 +106,6 @@ def test_threads_do_not_change_a_bit(out, width):
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])
 def test_huge_and_tiny_scales(scale):
     check(40, 30, torch.float32, scale=scale)
-
-
-@budget.needs_kernel
-@pytest.mark.parametrize("variant", budget.variants())
-@pytest.mark.skipif("FUSED_SO_CPU" in os.environ, reason="this is such a process")
-def test_every_instruction_set(variant):
-    budget.run_file_with(variant, __file__)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
