@@ -10,28 +10,33 @@ import numpy as np
 import torch
 from torch import nn
 
+import fused_so
+
 
 @dataclass(frozen=True)
 class Method:
-    """How to build an optimizer, which values to search, and whether to search them unasked."""
+    """How to build an optimizer, which values to search, and whether to search them unasked.
+
+    `build` takes the model, the likelihood of its outputs and options.
+    """
 
     build: Callable[..., torch.optim.Optimizer]
     candidates: Mapping[str, Sequence[float]]
     searched: bool
 
 
-def _sgd(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
+def _sgd(model: nn.Module, _: Any, **options: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), momentum=0.9, nesterov=True, **options)
 
 
-def _adam(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
+def _adam(model: nn.Module, _: Any, **options: Any) -> torch.optim.Optimizer:
     return torch.optim.Adam(model.parameters(), **options)
 
 
-def _fused_so(name: str) -> Callable[..., torch.optim.Optimizer]:
-    def build(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
-        import fused_so  # here, so that the baselines run without it
-
+def _fused_so(name: str, *, likelihood: bool = False) -> Callable[..., torch.optim.Optimizer]:
+    def build(model: nn.Module, of_outputs: Any, **options: Any) -> torch.optim.Optimizer:
+        if likelihood:
+            options["likelihood"] = of_outputs
         return getattr(fused_so, name)(model, **options)
 
     return build

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fused_so.likelihoods import Bernoulli, Likelihood
+
 SIDE = 28
 """Height and width of a `curves` image, in pixels."""
 
@@ -59,7 +61,8 @@ class Problem:
 
     `build(seed)` gives the model with initial parameters that depend on the seed alone.
     `loss(outputs, targets)` is minimized, `error(outputs, targets)` is reported; both are means
-    over examples, and `error_name` says in which units the error is.
+    over examples, and `error_name` says in which units the error is. `likelihood` has the loss
+    as its value; optimizers that need the curvature at the outputs are given it.
     """
 
     name: str
@@ -69,6 +72,7 @@ class Problem:
     loss: Callable[[Tensor, Tensor], Tensor]
     error: Callable[[Tensor, Tensor], Tensor]
     error_name: str
+    likelihood: Likelihood
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -235,6 +239,7 @@ def _autoencoding(name: str, images: Tensor, train_count: int, widths: Sequence[
         loss=cross_entropy,
         error=squared_error,
         error_name="squared error (sum over pixels, mean over images)",
+        likelihood=Bernoulli(reduction="batchmean"),
     )
 
 

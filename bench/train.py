@@ -27,6 +27,7 @@ from bench.methods import METHODS
 from bench.problems import PROBLEMS, Problem, default_data
 from bench.report import environment, table, write
 from bench.training import EVALUATIONS, Budget, Run, evaluate, search, train, trials_of
+from fused_so.likelihoods import Bernoulli
 
 
 def _positive(kind: type) -> Callable[[str], Any]:
@@ -126,7 +127,9 @@ def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> No
     given = {*dict(arguments.lr), *_to_search(arguments)}
     for name in arguments.optimizers:
         try:
-            METHODS[name].build(nn.Linear(1, 1), **({"lr": 1.0} if name in given else {}))
+            METHODS[name].build(
+                nn.Linear(1, 1), Bernoulli(), **({"lr": 1.0} if name in given else {})
+            )
         except (ImportError, AttributeError, TypeError) as error:
             parser.error(f"argument --optimizers: {name!r} cannot be used here: {error}")
     try:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import optuna
@@ -127,7 +128,8 @@ def train(
     model = problem.build(run.seed)
     # Copied before the optimizer can put hooks on the model.
     average = AveragedModel(model, multi_avg_fn=polyak_average_)
-    optimizer = METHODS[run.optimizer].build(model, **run.hyperparameters)
+    method = METHODS[run.optimizer]
+    optimizer = method.build(model, problem.likelihood, **run.hyperparameters)
     run.settings = dict(optimizer.defaults)
     stream = batches(problem.train, batch_size, run.seed)
     spent = {"seconds": 0.0, "updates": 0}
@@ -138,11 +140,7 @@ def train(
         while spent[budget.unit] < goal:
             before = spent[budget.unit]
             start = time.perf_counter()
-            batch = next(stream)
-            optimizer.zero_grad()
-            loss = problem.loss(model(batch.inputs), batch.targets)
-            loss.backward()
-            optimizer.step()
+            loss = optimizer.step(partial(_backward, problem, model, optimizer, next(stream)))
             average.update_parameters(model)
             finite = math.isfinite(loss.item())
             spent["seconds"] += time.perf_counter() - start
@@ -155,6 +153,15 @@ def train(
             run.record(**spent, **evaluate(problem, average))
         if run.diverged:
             return
+
+
+def _backward(
+    problem: Problem, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Examples
+) -> Tensor:
+    optimizer.zero_grad()
+    loss = problem.loss(model(batch.inputs), batch.targets)
+    loss.backward()
+    return loss
 
 
 def search(

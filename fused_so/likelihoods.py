@@ -13,7 +13,9 @@ likelihood, outputs f       PyTorch's loss                        N, if reductio
 ``Categorical()``, logits   ``cross_entropy``                     targets that are not ignored
 ==========================  ====================================  =============================
 
-With the reduction "sum", and with "none", which keeps one loss an entry or target, N = 1. A mean
+With the reduction "sum", and with "none", which keeps one loss an entry or target, N = 1. With
+"batchmean" N is the number of examples, as in ``nn.KLDivLoss`` and where a loop sums over an
+example's entries and averages over examples: ``mse_loss(..., reduction="sum") / len(f)``. A mean
 over entries is not one over rows: on (n, o) outputs, N of ``mse_loss`` is n o.
 
 Curvature is that of L with respect to the outputs, one block D_i a row: the rows of the outputs
@@ -63,7 +65,7 @@ from torch import Tensor, nn
 from fused_so._dtypes import accumulate
 from fused_so.ops import _check
 
-REDUCTIONS = ("mean", "sum", "none")
+REDUCTIONS = ("mean", "batchmean", "sum", "none")
 KINDS = ("gauss_newton", "fisher")
 
 
@@ -98,12 +100,12 @@ class Likelihood(ABC):
         if self.reduction == "none":
             return losses
         total = losses.sum()
-        return total / self._count(x, targets) if self.reduction == "mean" else total
+        return total / self._normalizer(x, targets)
 
     def normalizer(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor | int:
         """N, what the sum over examples is divided by; a tensor if targets must be counted."""
         x = self._checked(outputs, targets)
-        return self._count(x, targets) if self.reduction == "mean" else 1
+        return self._normalizer(x, targets)
 
     def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The gradient of L with respect to the outputs, in their shape.
@@ -229,13 +231,22 @@ class Likelihood(ABC):
         """The shape of one example's outputs."""
         return x.shape[1:]
 
+    def _normalizer(self, x: Tensor, targets: Tensor | None) -> Tensor | int:
+        """N."""
+        if self.reduction == "mean":
+            return self._count(x, targets)
+        return self._examples(x) if self.reduction == "batchmean" else 1
+
+    def _examples(self, x: Tensor) -> int:
+        return x.shape[0] if x.ndim else 1
+
     def _count(self, x: Tensor, targets: Tensor | None) -> Tensor | int:
         """N of a mean."""
         return x.numel()
 
     def _weight(self, x: Tensor, targets: Tensor | None) -> Tensor | float:
         """What L multiplies each term by: 1 / N, or 0 where it is ignored; broadcasts to x."""
-        return 1.0 / max(self._count(x, targets), 1) if self.reduction == "mean" else 1.0
+        return 1.0 / max(self._normalizer(x, None), 1)
 
     # What follows is the mathematics of a subclass, all of it for the weight 1.
 
@@ -272,7 +283,8 @@ class Gaussian(Likelihood):
 
     Args:
         scale: the standard deviation sigma, > 0.
-        reduction: "mean" (over entries, as in PyTorch), "sum" or "none".
+        reduction: "mean" (over entries, as in PyTorch), "batchmean" (over examples), "sum" or
+            "none".
 
     Raises:
         TypeError, ValueError: an argument breaks a rule above.
@@ -327,7 +339,8 @@ class Bernoulli(Likelihood):
     checked, which would wait for the device.
 
     Args:
-        reduction: "mean" (over entries, as in PyTorch), "sum" or "none".
+        reduction: "mean" (over entries, as in PyTorch), "batchmean" (over examples), "sum" or
+            "none".
 
     Raises:
         ValueError: an unknown reduction.
@@ -370,7 +383,8 @@ class Categorical(Likelihood):
     Args:
         ignore_index: targets of this value have neither loss nor curvature, and are not counted
             in a mean.
-        reduction: "mean" (over targets that are not ignored, as in PyTorch), "sum" or "none".
+        reduction: "mean" (over targets that are not ignored, as in PyTorch), "batchmean" (over
+            examples, ignored or not), "sum" or "none".
 
     Raises:
         TypeError: ignore_index is not an int.
@@ -409,6 +423,9 @@ class Categorical(Likelihood):
     def _row(self, x: Tensor) -> torch.Size:
         return x.shape[_class_dim(x) :]
 
+    def _examples(self, x: Tensor) -> int:
+        return x.shape[0] if x.ndim > 1 else 1
+
     def _count(self, x: Tensor, targets: Tensor | None) -> Tensor | int:
         if targets is None:
             dim = _class_dim(x)
@@ -421,8 +438,8 @@ class Categorical(Likelihood):
         weight = (targets != self.ignore_index).to(x.dtype).unsqueeze(_class_dim(x))
         if self.reduction == "mean":
             # The gradient of a mean of nothing is 0 in PyTorch, though the mean is NaN.
-            weight = weight / self._count(x, targets).clamp(min=1)
-        return weight
+            return weight / self._count(x, targets).clamp(min=1)
+        return weight * super()._weight(x, None)
 
     def _losses(self, x: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(x, targets, ignore_index=self.ignore_index, reduction="none")

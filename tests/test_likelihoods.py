@@ -17,7 +17,8 @@ from torch.func import grad, hessian, jacrev, jvp, vmap
 import fused_so
 from fused_so.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, likelihood_of
 
-REDUCTIONS = ["mean", "sum", "none"]
+PYTORCH_REDUCTIONS = ["mean", "sum", "none"]
+REDUCTIONS = [*PYTORCH_REDUCTIONS, "batchmean"]
 SCALE = 0.7
 
 
@@ -28,6 +29,8 @@ class Case(NamedTuple):
 
     def loss(self, outputs, targets, reduction):
         """PyTorch's, in its own words."""
+        if reduction == "batchmean":
+            return self.loss(outputs, targets, "sum") / self.normalizer(reduction)
         if isinstance(self.likelihood, Gaussian):
             return F.mse_loss(outputs, targets, reduction=reduction) / (2 * SCALE**2)
         if isinstance(self.likelihood, Bernoulli):
@@ -36,6 +39,9 @@ class Case(NamedTuple):
         return F.cross_entropy(outputs, targets, ignore_index=ignored, reduction=reduction)
 
     def normalizer(self, reduction):
+        if reduction == "batchmean":
+            alone = isinstance(self.likelihood, Categorical) and self.outputs.ndim == 1
+            return 1 if alone else len(self.outputs)
         if reduction != "mean":
             return 1
         if isinstance(self.likelihood, Categorical):
@@ -510,7 +516,7 @@ def test_class_index_out_of_range_raises():
             method(draw(2, 3), torch.tensor([1, 3]))
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("reduction", PYTORCH_REDUCTIONS)
 @pytest.mark.parametrize(
     ("loss", "likelihood", "name"),
     [

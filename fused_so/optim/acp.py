@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fused_so import ops
-from fused_so.optim.kronecker import KroneckerOptimizer, Layer, check_number
+from fused_so.optim.base import check_count, check_number
+from fused_so.optim.kronecker import KroneckerOptimizer
+from fused_so.optim.layers import Layer
 
 HEURISTICS = ("rms_gradient", "max_squared_gradient")
 _LARGEST_BOOST = 1000.0
@@ -129,9 +131,7 @@ class ACP(KroneckerOptimizer):
         check_number("relative_damping", group["relative_damping"], 0.0)
         check_number("decay", group["decay"], 0.0, 1.0)
         for name in ("statistics_every", "inverse_every"):
-            whole = isinstance(group[name], int) and not isinstance(group[name], bool)
-            if not whole or group[name] < 1:
-                raise ValueError(f"{name} must be a whole number >= 1, got {group[name]!r}")
+            check_count(name, group[name])
 
     def observes(self, layer: Layer) -> bool:
         return layer.group["alpha"] in HEURISTICS or self._averages(layer)

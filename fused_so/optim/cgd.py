@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from fused_so import ops
 from fused_so._dtypes import accumulate_dtype
-from fused_so.optim.kronecker import KroneckerOptimizer, Layer
+from fused_so.optim.kronecker import KroneckerOptimizer
+from fused_so.optim.layers import Layer
 
 
 class CGD(KroneckerOptimizer):

@@ -170,3 +170,10 @@ def test_autoencoder_has_linear_code_and_output_and_martens_initialization():
     assert kinds == [nn.Linear, nn.Tanh, nn.Linear, nn.Linear, nn.Tanh, nn.Linear]
     biases = [layer.bias.unique().tolist() for layer in model if isinstance(layer, nn.Linear)]
     assert biases == [[0.5], [0.0], [0.5], [0.0]]
+
+
+def test_the_likelihood_has_the_loss_as_its_value(problem):
+    batch = problem.train.take(slice(20))
+    outputs = problem.build(0)(batch.inputs)
+    value = problem.likelihood.value(outputs, batch.targets)
+    torch.testing.assert_close(value, problem.loss(outputs, batch.targets))
