@@ -10,6 +10,8 @@
 
 namespace fused_so {
 
+constexpr int64_t kFewRows = 8;
+
 struct Range {
   int64_t first, count;
 };
@@ -21,7 +23,10 @@ template <class S, class T = Accumulate<S>>
 void gram_block(const Matrix<S>& x, Range rows, Range cols, T* c, int64_t ldc) {
   using namespace gemm_detail;
   const Microkernel<T>& kernel = microkernel<T>();
-  const int64_t width = kernel.nr, depth_limit = even_part(x.cols, kDepth<T>, 16);
+  // The product of a few rows is nearly a set of dot products, whose several accumulators BLAS
+  // adds last: short sums are as accurate.
+  const int64_t depth_max = x.rows <= kFewRows ? 16 : kDepth;
+  const int64_t width = kernel.nr, depth_limit = even_part(x.cols, depth_max, 16);
   const int64_t row_count = divide_up(rows.count, width), col_count = divide_up(cols.count, width);
   const bool diagonal = rows.first == cols.first;
   T* const right = thread_scratch<T, kPanelsOfB>(col_count * width * depth_limit);

@@ -152,7 +152,7 @@ int64_t choose_edge(int64_t n, int64_t workers) {
   while (workers > 1 && parts * parts < 2 * workers) ++parts;
   int64_t edge = std::min(kMaxEdge, gemm_detail::divide_up(n, parts * unit) * unit);
   const auto bytes = [&] {
-    return 2 * edge * (gemm_detail::kDepth<T> + edge) * static_cast<int64_t>(sizeof(T));
+    return 2 * edge * (gemm_detail::kDepth + edge) * static_cast<int64_t>(sizeof(T));
   };
   while (edge > unit && bytes() * workers > kAllScratch) edge -= unit;
   return gemm_detail::even_part(n, edge, unit);

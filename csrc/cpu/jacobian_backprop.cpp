@@ -81,8 +81,8 @@ template <class S, class T = Accumulate<S>>
 void pack_rows(const Jacobians<S>& j, int64_t row, int64_t rows, int64_t col, int64_t steps,
                T* tangents, T* panel) {
   // The largest tile has fewer than 16 rows; their distance is no power of 2, for the L1 cache.
-  constexpr int64_t kLanes = 16, kStride = kDepth<T> + 16;
-  alignas(64) T scaled[kLanes * kStride], dphi_room[kDepth<T>], direction_room[kDepth<T>];
+  constexpr int64_t kLanes = 16, kStride = kDepth + 16;
+  alignas(64) T scaled[kLanes * kStride], dphi_room[kDepth], direction_room[kDepth];
   const T *dphi = nullptr, *direction = nullptr;
   const Microkernel<T>& kernel = gemm_detail::microkernel<T>();
   for (int64_t i = 0; i < rows; ++i) {
