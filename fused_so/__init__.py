@@ -5,7 +5,7 @@ from importlib.metadata import version as _version
 
 from fused_so import _extension, likelihoods, ops, reference
 from fused_so.likelihoods import Bernoulli, Categorical, Gaussian
-from fused_so.optim import ACP, CGD
+from fused_so.optim import ACP, CGD, EKFAC, KFAC, NNN, Preconditioner
 
 try:
     __version__ = _version("fused_so")
@@ -18,10 +18,14 @@ LOADED_LIBRARIES = _extension.load_libraries()
 __all__ = [
     "ACP",
     "CGD",
+    "EKFAC",
+    "KFAC",
     "LOADED_LIBRARIES",
+    "NNN",
     "Bernoulli",
     "Categorical",
     "Gaussian",
+    "Preconditioner",
     "__version__",
     "likelihoods",
     "ops",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 
 class Capture:
@@ -13,11 +14,13 @@ class Capture:
     While `active`, every backward pass through a call of the module runs `receive(h, g)` with
     h (n, in), the input, and g (n, out), the gradient of the loss with respect to the output;
     leading dimensions are flattened into n. Neither is kept: both live as long as autograd
-    holds them. Forward passes without gradients are not seen.
+    holds them. Forward passes without gradients are not seen. While `edges` is a list, every
+    such call appends where its output stands in the graph of autograd.
     """
 
     def __init__(self, module: nn.Linear, receive: Callable[[Tensor, Tensor], None]):
         self.active = True
+        self.edges: list[GradientEdge] | None = None
         self._module = module
         self._receive = receive
         self._handle = module.register_forward_hook(self, with_kwargs=True)
@@ -31,18 +34,21 @@ class Capture:
             self._receive(h.reshape(-1, h.shape[-1]), g.detach().reshape(-1, g.shape[-1]))
 
         output.register_hook(hand_over)
+        if self.edges is not None:
+            self.edges.append(get_gradient_edge(output))
 
     def remove(self) -> None:
         self._handle.remove()
 
     def __reduce__(self):
         # A copied or pickled model must neither feed nor drag along this model's optimizer.
-        return _inert, ()
+        return inert, ()
 
 
-def _inert() -> Callable:
+def inert() -> Callable:
+    """A hook that does nothing, for copies of models whose hooks belong to somebody else."""
     return _do_nothing
 
 
-def _do_nothing(module, args, kwargs, output) -> None:
+def _do_nothing(*_) -> None:
     return None

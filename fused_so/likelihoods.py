@@ -235,10 +235,11 @@ class Likelihood(ABC):
         """N."""
         if self.reduction == "mean":
             return self._count(x, targets)
-        return self._examples(x) if self.reduction == "batchmean" else 1
+        return self.examples(x) if self.reduction == "batchmean" else 1
 
-    def _examples(self, x: Tensor) -> int:
-        return x.shape[0] if x.ndim else 1
+    def examples(self, outputs: Tensor) -> int:
+        """The number of examples, along the first dimension of the outputs."""
+        return outputs.shape[0] if outputs.ndim else 1
 
     def _count(self, x: Tensor, targets: Tensor | None) -> Tensor | int:
         """N of a mean."""
@@ -423,8 +424,8 @@ class Categorical(Likelihood):
     def _row(self, x: Tensor) -> torch.Size:
         return x.shape[_class_dim(x) :]
 
-    def _examples(self, x: Tensor) -> int:
-        return x.shape[0] if x.ndim > 1 else 1
+    def examples(self, outputs: Tensor) -> int:
+        return outputs.shape[0] if outputs.ndim > 1 else 1
 
     def _count(self, x: Tensor, targets: Tensor | None) -> Tensor | int:
         if targets is None:

@@ -2,5 +2,9 @@
 
 from fused_so.optim.acp import ACP
 from fused_so.optim.cgd import CGD
+from fused_so.optim.ekfac import EKFAC
+from fused_so.optim.kfac import KFAC
+from fused_so.optim.nnn import NNN
+from fused_so.optim.preconditioner import Preconditioner
 
-__all__ = ["ACP", "CGD"]
+__all__ = ["ACP", "CGD", "EKFAC", "KFAC", "NNN", "Preconditioner"]

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fused_so import ops
-from fused_so.optim.base import check_count, check_number
-from fused_so.optim.kronecker import KroneckerOptimizer
+from fused_so.optim.base import check_number
+from fused_so.optim.kronecker import Factor, KroneckerOptimizer
 from fused_so.optim.layers import Layer
 
 HEURISTICS = ("rms_gradient", "max_squared_gradient")
-_LARGEST_BOOST = 1000.0
 _ALPHA_DECAY = 0.975
 
 
@@ -52,8 +49,12 @@ class ACP(KroneckerOptimizer):
         nesterov: take the look-ahead form of momentum.
         weight_decay: >= 0, decoupled from the metric: added to the update times the parameter.
         statistics_every: average mean and covariance every so many steps.
-        inverse_every: invert them every so many steps. Both also happen at steps 0, 1, 2, 4,
-            8, ... up to there, while averages of few batches improve quickly.
+        inverse_every: invert them every so many steps; or "auto": a layer's whenever its
+            statistics, averaged anew, have drifted from its inverse. What counts steps also
+            happens at steps 0, 1, 2, 4, 8, ... up to there, while averages of few batches
+            improve quickly.
+        drift_tolerance: > 0, for "auto": the root mean square eigenvalue of (C + lambda I) A - I
+            from which on the inverse A is renewed.
         decay: of the exponential averages, in [0, 1]; bias-corrected, so that the first batches
             count fully.
         max_norm: an upper bound for the root mean square over examples of the change of a param
@@ -88,7 +89,8 @@ class ACP(KroneckerOptimizer):
         nesterov: bool = True,
         weight_decay: float = 0.0,
         statistics_every: int = 10,
-        inverse_every: int = 100,
+        inverse_every: int | str = 100,
+        drift_tolerance: float = 0.1,
         decay: float = 0.95,
         max_norm: float | None = 1.0,
         loss_reduction: str = "mean",
@@ -114,6 +116,7 @@ class ACP(KroneckerOptimizer):
             "weight_decay": weight_decay,
             "statistics_every": statistics_every,
             "inverse_every": inverse_every,
+            "drift_tolerance": drift_tolerance,
             "decay": decay,
             "max_norm": max_norm,
         }
@@ -129,16 +132,13 @@ class ACP(KroneckerOptimizer):
             check_number("alpha", alpha, 0.0, positive=True)
         check_number("damping", group["damping"], 0.0)
         check_number("relative_damping", group["relative_damping"], 0.0)
-        check_number("decay", group["decay"], 0.0, 1.0)
-        for name in ("statistics_every", "inverse_every"):
-            check_count(name, group[name])
 
     def observes(self, layer: Layer) -> bool:
-        return layer.group["alpha"] in HEURISTICS or self._averages(layer)
+        return layer.group["alpha"] in HEURISTICS or self.averages(layer)
 
     def observe(self, layer: Layer, h: Tensor, g: Tensor) -> None:
-        if self._averages(layer):
-            self.average_covariance(layer, h, layer.group["decay"])
+        if self.averages(layer):
+            self.average(Factor(layer, "input"), h)
         alpha = layer.group["alpha"]
         if alpha in HEURISTICS and g.numel():
             batch = layer.batch
@@ -152,39 +152,27 @@ class ACP(KroneckerOptimizer):
                 batch["max"] = torch.maximum(batch.get("max", value), value)
 
     def refresh(self, layers: list[Layer]) -> None:
-        observed = [layer for layer in layers if layer.state.get("examples")]
-        self._update_alphas(observed)
-        due = [
-            layer
-            for layer in observed
-            if "alpha" in layer.state
-            and (self.due(layer.group["inverse_every"]) or "inverse" not in layer.state)
-        ]
-        for same in _by_kind(due):
-            self._invert(same)
+        self._update_alphas([layer for layer in layers if layer.state.get("examples")])
+        super().refresh([layer for layer in layers if "alpha" in layer.state])
 
-    def precondition(self, layer: Layer) -> tuple[Tensor, Tensor] | None:
-        state = layer.state
-        if "inverse" not in state:
-            return None
-        mean, inverse, alpha = state["mean"], state["inverse"], state["alpha"]
-        grad_weight, grad_bias = layer.gradients()
-        rows = self.gradient_rows(layer)
-        if rows is None:
-            # Algorithm 4, lines 13 and 14, with the bias as in eq. 6.2.5.
-            return ops.precondition(grad_weight, grad_bias, mean, inverse, alpha=alpha)
-        # The same in fewer operations: dW = g^T Z and dW m = g^T (Z m), Z = c/alpha (h - 1 m^T) A.
-        h, g, scale = rows
-        moves_bias = layer.bias is not None and layer.bias.grad is not None
-        ones = torch.full_like(h[:, 0], float(moves_bias))
-        z = ops.precondition(h, ones, mean, inverse, alpha=alpha / scale)[0]
-        return g.T @ z, grad_bias / alpha - g.T @ (z @ mean)
+    def dampings(self, layer: Layer) -> dict[str, Tensor]:
+        # lambda = epsilon / alpha + delta tr(C) / d
+        absolute = layer.group["damping"] / layer.state["alpha"]
+        variance = layer.state["covariance"].diagonal().mean()
+        return {"input": absolute + layer.group["relative_damping"] * variance}
+
+    def gradient_scale(self, layer: Layer) -> Tensor | float:
+        return layer.state["alpha"]
 
     def curvature_scale(self, layer: Layer) -> Tensor | float:
         return layer.state["alpha"]
 
-    def _averages(self, layer: Layer) -> bool:
-        return self.due(layer.group["statistics_every"]) or "inverse" not in layer.state
+    def layer_diagnostics(self, layer: Layer) -> dict[str, Any]:
+        alpha = layer.state.get("alpha")
+        return {
+            **super().layer_diagnostics(layer),
+            **({} if alpha is None else {"alpha": float(alpha)}),
+        }
 
     def _update_alphas(self, layers: list[Layer]) -> None:
         estimated = []
@@ -193,7 +181,11 @@ class ACP(KroneckerOptimizer):
                 layer.state["alpha"] = layer.group["alpha"]
             elif "rows" in layer.batch:
                 estimated.append(layer)
-        for same in _by_kind(estimated):
+        kinds: dict[tuple, list[Layer]] = {}
+        for layer in estimated:
+            covariance = layer.state["covariance"]
+            kinds.setdefault((covariance.device, covariance.dtype), []).append(layer)
+        for same in kinds.values():
             estimates = torch.stack([self._estimate_alpha(layer) for layer in same])
             last = torch.stack(
                 [torch.as_tensor(layer.state.get("alpha", 0.0)).to(estimates) for layer in same]
@@ -220,45 +212,3 @@ class ACP(KroneckerOptimizer):
             scale = scale * batch["rows"]
         # alpha = max_ij (d loss_i / d a_ij)^2
         return (scale * batch["max"]).square()
-
-    def _damping(self, layer: Layer, boost: float) -> Tensor:
-        # lambda = epsilon / alpha + delta tr(C) / d
-        absolute = layer.group["damping"] / layer.state["alpha"]
-        variance = layer.state["covariance"].diagonal().mean()
-        damping = absolute + layer.group["relative_damping"] * variance
-        if boost == 1:
-            return damping
-        # Ten times nothing is nothing: a retry starts from the rounding of the variance.
-        rounding = torch.finfo(variance.dtype).eps * torch.where(variance > 0, variance, 1.0)
-        return boost * torch.maximum(damping, rounding)
-
-    def _invert(self, layers: list[Layer], boost: float = 1.0) -> None:
-        """Replaces the layers' inverses; one that fails keeps its last good value, or zero."""
-        if not layers:
-            return
-        damping = torch.stack([self._damping(layer, boost) for layer in layers])
-        covariances = [layer.state["covariance"] for layer in layers]
-        # Algorithm 4, line 7.
-        inverses, info = ops.damped_inverse(covariances, damping)
-        for layer, inverse, failure in zip(layers, inverses, info.unbind(), strict=True):
-            last_good = layer.state.get("inverse", torch.zeros_like(inverse))
-            layer.state["inverse"] = torch.where(failure == 0, inverse, last_good)
-        self._readback.watch(info, partial(self._retry, layers, damping, boost))
-
-    def _retry(self, layers: list[Layer], damping: Tensor, boost: float, info: Tensor) -> None:
-        failed = [i for i, failure in enumerate(info.tolist()) if failure]
-        if failed and boost >= _LARGEST_BOOST:
-            raise RuntimeError(
-                f"the input covariance of layer {layers[failed[0]].name!r} is not positive "
-                f"definite even with damping {damping[failed[0]].item():.3g}; raise damping or "
-                f"relative_damping"
-            )
-        self._invert([layers[i] for i in failed], 10 * boost)
-
-
-def _by_kind(layers: list[Layer]) -> list[list[Layer]]:
-    kinds: dict[tuple, list[Layer]] = {}
-    for layer in layers:
-        covariance = layer.state["covariance"]
-        kinds.setdefault((covariance.device, covariance.dtype), []).append(layer)
-    return list(kinds.values())

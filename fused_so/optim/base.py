@@ -17,11 +17,12 @@ from fused_so.optim.readback import Readback
 
 
 class Update(NamedTuple):
-    """A parameter's step Delta before lr and bound, and the scale alpha of its metric."""
+    """A parameter's step Delta = F^-1 g before lr and bound, the scale alpha of F, and g."""
 
     param: nn.Parameter
     delta: Tensor
     alpha: Tensor | float = 1.0
+    grad: Tensor | None = None  # p.grad
 
 
 class ModelOptimizer(torch.optim.Optimizer):
@@ -52,6 +53,10 @@ class ModelOptimizer(torch.optim.Optimizer):
         self._readback = Readback()
         self._warned_of: set[tuple[str, ...]] = set()
         self._steps = 0
+        # Those of the step that is being taken, for the optimizers whose damping follows the loss.
+        self.closure: Callable[[], Any] | None = None
+        self.loss: Any = None
+        self._bounded: list[tuple[Tensor, Tensor]] = []  # of the last step: norm^2, factor
         self._model = model
 
     # What an optimizer defines.
@@ -81,7 +86,12 @@ class ModelOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._readback.poll()
-        self._update()
+        self._bounded.clear()
+        self.closure, self.loss = closure, loss
+        try:
+            self._update()
+        finally:
+            self.closure = self.loss = None
         self._steps += 1
         return loss
 
@@ -99,8 +109,15 @@ class ModelOptimizer(torch.optim.Optimizer):
                 )
         return plain
 
-    def _apply(self, group: dict[str, Any], updates: list[Update], bound: Tensor) -> None:
+    def _apply(
+        self,
+        group: dict[str, Any],
+        updates: list[Update],
+        bound: Tensor,
+        weight_decay: float | None = None,
+    ) -> None:
         """Takes the updates, times `bound`, with the group's momentum, weight decay and lr."""
+        weight_decay = group["weight_decay"] if weight_decay is None else weight_decay
         for same in _by_kind(updates):
             params = [update.param for update in same]
             # A parameter in another memory format (channels_last) is updated through a copy.
@@ -111,7 +128,7 @@ class ModelOptimizer(torch.optim.Optimizer):
                 [self._momentum_buffer(p) for p in params] if group["momentum"] else [],
                 lr=group["lr"],
                 momentum=group["momentum"],
-                weight_decay=group["weight_decay"],
+                weight_decay=weight_decay,
                 nesterov=group["nesterov"],
                 scale=bound.to(params[0].device, accumulate_dtype(params[0].dtype)),
             )
@@ -136,6 +153,7 @@ class ModelOptimizer(torch.optim.Optimizer):
                 # nu = min(1, max_norm / norm); rounding may leave 0 below zero
                 factor = (group["max_norm"] / square.clamp(min=0.0).sqrt()).clamp(max=1.0)
             factors.append(torch.where(finite.to(square.device), factor, 0.0))
+        self._bounded.extend(zip(squares, factors, strict=True))
         return factors
 
     def _momentum_buffer(self, param: Tensor) -> Tensor:
@@ -250,8 +268,8 @@ def squared_norm(updates: list[Update]) -> Tensor:
     Delta = F^-1 g, so that this is Delta^T g / alpha, without a product with F.
     """
     squares: dict[torch.device, list[Tensor]] = {}
-    for param, delta, alpha in updates:
-        grad = accumulate(param.grad).reshape(-1)
+    for param, delta, alpha, grad in updates:
+        grad = accumulate(param.grad if grad is None else grad).reshape(-1)
         square = torch.dot(accumulate(delta).reshape(-1), grad) / alpha
         squares.setdefault(square.device, []).append(square)
     first, *others = (torch.stack(here).sum(dtype=torch.float64) for here in squares.values())

@@ -1,55 +1,155 @@
-"""The engine under the Kronecker-factored optimizers: CGD and ACP differ only in their factors.
+"""The engine under the Kronecker-factored optimizers: they differ only in their factors.
 
-Every linear layer's curvature is modelled as alpha [[C + m m^T, m], [m^T, 1]] (x) I, with m and
-C the mean and covariance of its inputs. The engine keeps the statistics, bounds the step and
-applies it; an optimizer says what the factors are.
+In the coordinates W (h - m) + d of a linear layer, with m the mean of its inputs, its curvature is
+modelled as F = alpha diag(C, 1) (x) G: C the covariance of the inputs, G that of the gradients
+with respect to the outputs, or I. Back in W and b = d - W m that is the homogeneous factor
+
+    [[C + m m^T, m], [m^T, 1]] (x) G
+
+whose damped inverse is `ops.precondition`. The engine keeps the statistics, decides when to
+invert them, preconditions by rows or by gradients, bounds the step and applies it.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fused_so import ops
 from fused_so._dtypes import accumulate_dtype
-from fused_so.optim.base import Update
+from fused_so.optim.base import Update, check_count, check_number
 from fused_so.optim.layers import Layer, LayerOptimizer
+
+_LARGEST_BOOST = 1000.0
+
+
+class Factor(NamedTuple):
+    """One side of a layer's curvature: its statistics and inverse in the layer's state."""
+
+    layer: Layer
+    side: str  # "input" or "output"
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self.layer.state.get(self.key(name), default)
+
+    def key(self, name: str) -> str:
+        return name if self.side == "input" else f"output_{name}"
+
+    def __str__(self) -> str:
+        kind = "input" if self.side == "input" else "output gradient"
+        return f"the {kind} of layer {self.layer.name!r}"
+
+    @property
+    def centered(self) -> bool:
+        return self.side == "input" and self.layer.centered
 
 
 class KroneckerOptimizer(LayerOptimizer):
     """Base of the optimizers that precondition linear layers with Kronecker factors.
 
-    A subclass implements `observes` and `observe` (what a batch tells about a layer), `refresh`
-    (once a step, before preconditioning) and `precondition` (the layer's update). Every parameter
-    that is not a layer's takes momentum SGD with the same settings. Arguments as for
-    `LayerOptimizer`.
+    A subclass implements `observes` and `observe` (what a batch tells about a layer) and, where
+    the defaults below are not its own, `dampings`, `invert`, `precondition` and
+    `curvature_scale`. Every parameter that is not a layer's takes momentum SGD with the same
+    settings. Arguments as for `LayerOptimizer`.
     """
+
+    sides: tuple[str, ...] = ("input",)
+    """The factors that are not the identity."""
+    uses_rows = False
+    """Whether `precondition` asks for `gradient_rows`."""
+    decay_in_metric = False
+    """Whether weight decay is part of the gradient that is preconditioned."""
+
+    def __init__(self, model: nn.Module, defaults: dict[str, Any], params: Iterable | None = None):
+        self.rewrites_gradients = False
+        super().__init__(model, defaults, params)
 
     # What an optimizer defines.
 
-    uses_rows = False
-    """Whether `precondition` asks for `gradient_rows`."""
+    def check_group(self, group: dict[str, Any]) -> None:
+        super().check_group(group)
+        if "inverse_every" not in group:
+            return
+        check_number("decay", group["decay"], 0.0, 1.0)
+        check_count("statistics_every", group["statistics_every"])
+        if group["inverse_every"] != "auto":
+            if isinstance(group["inverse_every"], str):
+                raise ValueError(
+                    f"inverse_every must be a whole number >= 1 or 'auto', got "
+                    f"{group['inverse_every']!r}"
+                )
+            check_count("inverse_every", group["inverse_every"])
+        check_number("drift_tolerance", group["drift_tolerance"], 0.0, positive=True)
 
     def observes(self, layer: Layer) -> bool:
         """Whether the next batch has to be seen."""
-        raise NotImplementedError
+        return self.averages(layer)
 
     def observe(self, layer: Layer, h: Tensor, g: Tensor) -> None:
         """Takes in one call's input h (n, in) and output gradient g (n, out)."""
         raise NotImplementedError
 
-    def refresh(self, layers: list[Layer]) -> None:
-        """Brings the layers' factors up to date."""
-
-    def precondition(self, layer: Layer) -> tuple[Tensor, Tensor] | None:
-        """The update of weight and bias, or None while the layer has no statistics."""
+    def dampings(self, layer: Layer) -> dict[str, Tensor]:
+        """What is added to the diagonal of each side's factor."""
         raise NotImplementedError
 
     def curvature_scale(self, layer: Layer) -> Tensor | float:
-        """alpha in the layer's metric F = alpha A (x) I, with A that of its inputs."""
+        """alpha in the layer's metric F = alpha A (x) G, by which the bound's norm is divided."""
         return 1.0
+
+    def gradients(self, layer: Layer) -> tuple[Tensor, Tensor]:
+        """The gradients of weight and bias that are preconditioned."""
+        grad_weight, grad_bias = layer.gradients()
+        decay, bias = layer.group["weight_decay"], layer.bias
+        if not self.decay_in_metric or decay == 0:
+            return grad_weight, grad_bias
+        if "decayed" not in layer.batch:
+            layer.batch["decayed"] = (
+                grad_weight.add(layer.module.weight, alpha=decay),
+                grad_bias if bias is None else grad_bias.add(bias, alpha=decay),
+            )
+        return layer.batch["decayed"]
+
+    def precondition(self, layer: Layer) -> tuple[Tensor, Tensor] | None:
+        """The update of weight and bias, or None while the layer has no inverse."""
+        state = layer.state
+        if not layer.inverted:
+            return None
+        mean, inverse, alpha = self.mean(layer), state["inverse"], self.gradient_scale(layer)
+        output_inverse = state.get("output_inverse")
+        grad_weight, grad_bias = self.gradients(layer)
+        rows = self.gradient_rows(layer)
+        if rows is None:
+            # The inverse of the homogeneous factor, as in George 2017, eq. 6.2.4 and 6.2.5.
+            return ops.precondition(
+                grad_weight, grad_bias, mean, inverse, output_inverse=output_inverse, alpha=alpha
+            )
+        # The same in fewer operations: dW = Go (g^T Z) and dW m = Go g^T (Z m), with
+        # Z = c/alpha (h - 1 m^T) A.
+        h, g, scale = rows
+        moves_bias = layer.bias is not None and layer.bias.grad is not None
+        ones = torch.full_like(h[:, 0], float(moves_bias))
+        z = ops.precondition(h, ones, mean, inverse, alpha=alpha / scale)[0]
+        if output_inverse is None:
+            return g.T @ z, grad_bias / alpha - g.T @ (z @ mean)
+        if len(h) < z.shape[1]:  # Go g^T takes less than Go dW
+            g = g @ output_inverse
+            return g.T @ z, output_inverse @ (grad_bias / alpha) - g.T @ (z @ mean)
+        change = grad_bias / alpha - g.T @ (z @ mean)
+        return output_inverse @ (g.T @ z), output_inverse @ change
+
+    def gradient_scale(self, layer: Layer) -> Tensor | float:
+        """alpha, by which the preconditioned gradient is divided."""
+        return 1.0
+
+    def mean(self, layer: Layer) -> Tensor:
+        """m, around which the layer is centered."""
+        return layer.state["mean"]
 
     # The step.
 
@@ -57,14 +157,23 @@ class KroneckerOptimizer(LayerOptimizer):
         self.refresh([layer for layer in self._layers if layer.module.weight.grad is not None])
         for group in self.param_groups:
             kinds = self._updates(group)
-            for updates, bound in zip(kinds, self._bounds(group, kinds), strict=True):
-                self._apply(group, updates, bound)
+            bounds = self._bounds(group, list(kinds.values()))
+            for (kind, updates), bound in zip(kinds.items(), bounds, strict=True):
+                self._take(group, kind, updates, bound)
 
-    def _updates(self, group: dict) -> list[list[Update]]:
-        """The updates of the preconditioned and of the other parameters, where there are any.
+    def _take(self, group: dict, kind: str, updates: list[Update], bound: Tensor) -> None:
+        if not self.rewrites_gradients:
+            layered = kind == "layers" and self.decay_in_metric
+            self._apply(group, updates, bound, weight_decay=0.0 if layered else None)
+        elif kind == "layers":
+            for param, delta, *_ in updates:
+                param.grad.copy_(delta.mul_(bound.to(delta)))
 
-        They are bounded apart: the norm of the first is the root mean square of the change of
-        preactivations, that of the others is in the identity metric.
+    def _updates(self, group: dict) -> dict[str, list[Update]]:
+        """The updates of the "layers" and of the "plain" parameters, where there are any.
+
+        They are bounded apart: the norm of the first is in the layers' metric, that of the others
+        in the identity.
         """
         layered = []
         for layer in self._layers:
@@ -79,11 +188,13 @@ class KroneckerOptimizer(LayerOptimizer):
                 )
                 continue
             alpha = self.curvature_scale(layer)
-            for param, delta in zip((layer.module.weight, layer.bias), update, strict=True):
+            params = (layer.module.weight, layer.bias)
+            for param, delta, grad in zip(params, update, self.gradients(layer), strict=True):
                 if param is not None and param.grad is not None:
-                    layered.append(Update(param, delta, alpha))
+                    layered.append(Update(param, delta, alpha, grad))
         plain = self._plain_updates(group, (update.param for update in layered))
-        return [updates for updates in (layered, plain) if updates]
+        kinds = {"layers": layered, "plain": plain}
+        return {kind: updates for kind, updates in kinds.items() if updates}
 
     # Rows: the examples' inputs and output gradients, where working with them takes less.
 
@@ -98,7 +209,13 @@ class KroneckerOptimizer(LayerOptimizer):
     def _keep_rows(self, layer: Layer, h: Tensor, g: Tensor) -> None:
         """Keeps h (n, in) and g (n, out) until the step if g^T (h A) takes less than (g^T h) A."""
         n, width, height = h.shape[0], h.shape[1], g.shape[1]
-        layer.prefers_rows = n * (width + height) < width * height
+        by_rows = n * width * (width + height)
+        by_gradient = width * width * height
+        if "output" in self.sides:
+            by_rows += min(n, width) * height * height
+            by_gradient += width * height * height
+        decayed = self.decay_in_metric and layer.group["weight_decay"] > 0
+        layer.prefers_rows = by_rows < by_gradient and not decayed
         once = "kept_rows" not in layer.batch
         usable = h.dtype == g.dtype == accumulate_dtype(g.dtype)
         layer.batch["kept_rows"] = (h, g) if layer.prefers_rows and once and usable else None
@@ -131,42 +248,187 @@ class KroneckerOptimizer(LayerOptimizer):
         early = self._steps < every and self._steps & (self._steps - 1) == 0
         return early or self._steps % every == 0
 
-    def average_covariance(self, layer: Layer, h: Tensor, decay: float) -> None:
-        """Takes h (n, in) into the layer's running mean and covariance.
+    def averages(self, layer: Layer) -> bool:
+        """Whether the next batch enters the averages."""
+        return self.due(layer.group["statistics_every"]) or not layer.inverted
+
+    def average(self, factor: Factor, x: Tensor) -> None:
+        """Takes x (n, d) into the factor's running mean and covariance.
 
         Examples are weighted: with W the discounted number of examples seen, the batch enters
         with weight n / (W + n). That is a bias-corrected exponential average over steps, and
         the batches of one step (gradient accumulation, a module called twice) count as one.
         """
-        state = layer.state
-        width = layer.module.in_features
-        if "covariance" not in state:
-            dtype = accumulate_dtype(h.dtype)
-            state["covariance"] = torch.zeros(width, width, dtype=dtype, device=h.device)
-            state["mean"] = torch.zeros(width, dtype=dtype, device=h.device)
-            state["examples"] = 0.0
-        if not layer.batch.get("discounted"):
-            state["examples"] *= decay
-            layer.batch["discounted"] = True
-        n = h.shape[0]
+        layer, state = factor.layer, factor.layer.state
+        covariance, mean, examples = map(factor.key, ("covariance", "mean", "examples"))
+        if covariance not in state:
+            width = x.shape[1]
+            dtype = accumulate_dtype(x.dtype)
+            state[covariance] = torch.zeros(width, width, dtype=dtype, device=x.device)
+            state[mean] = torch.zeros(width, dtype=dtype, device=x.device)
+            state[examples] = 0.0
+        discounted = f"{factor.side}_discounted"
+        if not layer.batch.get(discounted):
+            state[examples] *= layer.group["decay"]
+            layer.batch[discounted] = True
+        n = x.shape[0]
         if n == 0:
             return
-        seen = state["examples"]
+        seen = state[examples]
         accepted = ops.covariance_(
-            state["covariance"], state["mean"], h, decay=seen / (seen + n), centered=layer.centered
+            state[covariance], state[mean], x, decay=seen / (seen + n), centered=factor.centered
         )
-        state["examples"] += n
+        state[examples] += n
 
         def reject(value: Tensor) -> None:
             if not value:
-                state["examples"] = max(0.0, state["examples"] - n)
+                state[examples] = max(0.0, state[examples] - n)
                 self._warn_once(
-                    ("input", layer.name),
-                    f"the input of layer {layer.name!r} holds a NaN or Inf, or overflows; "
-                    f"that batch stays out of its statistics",
+                    ("statistics", str(factor)),
+                    f"{factor} holds a NaN or Inf, or overflows; that batch stays out of its "
+                    f"statistics",
                 )
 
         self._readback.watch(accepted, reject)
+
+    def factors(self, layer: Layer) -> list[Factor]:
+        return [Factor(layer, side) for side in self.sides]
+
+    # Inverses.
+
+    def refresh(self, layers: list[Layer]) -> None:
+        """Inverts the factors that are due."""
+        layers = [layer for layer in layers if self.ready(layer)]
+        self.invert([layer for layer in layers if self._is_due(layer)])
+
+    def ready(self, layer: Layer) -> bool:
+        """Whether there are statistics to invert."""
+        return all(factor.get("examples") for factor in self.factors(layer))
+
+    def _is_due(self, layer: Layer) -> bool:
+        every = layer.group["inverse_every"]
+        if not layer.inverted:
+            return True
+        if every != "auto":
+            return self.due(every)
+        if layer.batch.get("input_discounted"):
+
+            def judge(drifted: Tensor) -> None:
+                layer.stale = bool(drifted)
+
+            self._readback.watch(self.drift(layer) > layer.group["drift_tolerance"], judge)
+        return layer.stale
+
+    def drift(self, layer: Layer) -> Tensor:
+        """How far the layer's inverses are from inverting its present statistics.
+
+        The root mean square eigenvalue of (C + lambda I) A - I, the larger of the two sides',
+        estimated by one random vector v: |(C + lambda I) A v - v| / |v|.
+        """
+        dampings, residuals = self.dampings(layer), []
+        for factor in self.factors(layer):
+            covariance = factor.get("covariance")
+            v = _probe(len(covariance), covariance.dtype, covariance.device)
+            av = self.solve(factor, v)
+            residual = covariance @ av + dampings[factor.side] * av - v
+            residuals.append(residual.norm() / v.norm())
+        return torch.stack(residuals).amax()
+
+    def solve(self, factor: Factor, v: Tensor) -> Tensor:
+        """(C + lambda I)^-1 v, with C and lambda as they were at the last refresh."""
+        return factor.get("inverse") @ v
+
+    def invert(self, layers: list[Layer]) -> None:
+        """Replaces the layers' inverses; one that fails keeps its last good value, or zero."""
+        for layer in layers:
+            layer.state["refreshes"] = layer.state.get("refreshes", 0) + 1
+            layer.stale = False
+        self.invert_factors(layers)
+
+    def invert_factors(self, layers: list[Layer]) -> None:
+        """Puts the inverse of every side's damped factor into the layers' states."""
+        dampings = [self.dampings(layer) for layer in layers]
+        jobs = [
+            (factor, damping[factor.side])
+            for layer, damping in zip(layers, dampings, strict=True)
+            for factor in self.factors(layer)
+        ]
+        for same in _by_kind(jobs):
+            self._invert(same)
+
+    def _invert(self, jobs: list[tuple[Factor, Tensor]], boost: float = 1.0) -> None:
+        if not jobs:
+            return
+        factors = [factor for factor, _ in jobs]
+        covariances = [factor.get("covariance") for factor in factors]
+        damping = torch.stack(
+            [_boosted(d, c, boost) for (_, d), c in zip(jobs, covariances, strict=True)]
+        )
+        # Algorithm 4, line 7, of George 2017.
+        inverses, info = ops.damped_inverse(covariances, damping)
+        for factor, inverse, failure in zip(factors, inverses, info.unbind(), strict=True):
+            last_good = factor.get("inverse", torch.zeros_like(inverse))
+            factor.layer.state[factor.key("inverse")] = torch.where(
+                failure == 0, inverse, last_good
+            )
+        self._readback.watch(info, partial(self._retry, jobs, damping, boost))
+
+    def _retry(self, jobs: list, damping: Tensor, boost: float, info: Tensor) -> None:
+        failed = [i for i, failure in enumerate(info.tolist()) if failure]
+        if failed and boost >= _LARGEST_BOOST:
+            raise RuntimeError(
+                f"the covariance of {jobs[failed[0]][0]} is not positive definite even with "
+                f"damping {damping[failed[0]].item():.3g}; raise damping or relative_damping"
+            )
+        self._invert([jobs[i] for i in failed], 10 * boost)
+
+    # What can be plotted.
+
+    @torch.no_grad()
+    def diagnostics(self) -> dict[str, Any]:
+        """What the last step did and what the factors are like; computed here, and only here.
+
+        Returns:
+            "steps"; "norm", those of the last updates in their metrics, group by group, of
+            layers and then of other parameters; "bound", the factors that max_norm multiplied
+            them by; and for each layer "refreshes" of its inverses, and for each side its
+            "damping" and "condition", the condition number of the damped factor as it is now.
+        """
+        return {
+            "steps": self._steps,
+            "norm": [square.clamp(min=0).sqrt().item() for square, _ in self._bounded],
+            "bound": [factor.item() for _, factor in self._bounded],
+            "layers": {layer.name: self.layer_diagnostics(layer) for layer in self._layers},
+        }
+
+    def layer_diagnostics(self, layer: Layer) -> dict[str, Any]:
+        report: dict[str, Any] = {"refreshes": layer.state.get("refreshes", 0)}
+        if not layer.inverted:
+            return report
+        dampings = self.dampings(layer)
+        for factor in self.factors(layer):
+            damping = dampings[factor.side]
+            values = torch.linalg.eigvalsh(factor.get("covariance")) + damping
+            report[factor.key("damping")] = float(damping)
+            report[factor.key("condition")] = (values[-1] / values[0]).item()
+        return report
+
+
+def _boosted(damping: Tensor, covariance: Tensor, boost: float) -> Tensor:
+    if boost == 1:
+        return damping
+    # Ten times nothing is nothing: a retry starts from the rounding of the variance.
+    variance = covariance.diagonal().mean()
+    rounding = torch.finfo(variance.dtype).eps * torch.where(variance > 0, variance, 1.0)
+    return boost * torch.maximum(damping, rounding)
+
+
+def _by_kind(jobs: list[tuple[Factor, Tensor]]) -> list[list[tuple[Factor, Tensor]]]:
+    kinds: dict[tuple, list] = {}
+    for job in jobs:
+        covariance = job[0].get("covariance")
+        kinds.setdefault((covariance.device, covariance.dtype), []).append(job)
+    return list(kinds.values())
 
 
 @functools.cache

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -25,6 +26,7 @@ class Layer:
     state: dict[str, Any] = field(default_factory=dict)
     batch: dict[str, Any] = field(default_factory=dict)
     prefers_rows: bool = False
+    stale: bool = False
 
     @property
     def bias(self) -> nn.Parameter | None:
@@ -37,6 +39,11 @@ class Layer:
     def centered(self) -> bool:
         # Without a bias to move there is no homogeneous coordinate to project out.
         return self.bias is not None
+
+    @property
+    def inverted(self) -> bool:
+        """Whether its statistics have ever been inverted."""
+        return self.state.get("refreshes", 0) > 0
 
     def gradients(self) -> tuple[Tensor, Tensor]:
         """The gradients of weight and bias; zeros for a bias that is not trained."""
@@ -139,6 +146,18 @@ class LayerOptimizer(ModelOptimizer):
     def _choose_what_to_capture(self) -> None:
         for layer, capture in zip(self._layers, self._captures, strict=True):
             capture.active = self.captures(layer)
+
+    @contextmanager
+    def unobserved(self) -> Iterator[None]:
+        """Calls of the model in this block leave no trace in the optimizer."""
+        active = [capture.active for capture in self._captures]
+        for capture in self._captures:
+            capture.active = False
+        try:
+            yield
+        finally:
+            for capture, was in zip(self._captures, active, strict=True):
+                capture.active = was
 
     def step(self, closure: Any = None) -> Any:
         """Updates the parameters from their gradients; `closure`, if given, computes those."""

@@ -1,0 +1,170 @@
+"""EKFAC, K-FAC with a diagonal of its own in the eigenbasis (George et al. 2018)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_so.likelihoods import Likelihood
+from fused_so.optim.base import check_count
+from fused_so.optim.eigen import eigenbasis
+from fused_so.optim.fisher import FisherOptimizer
+from fused_so.optim.kronecker import Factor
+from fused_so.optim.layers import Layer
+
+
+class EKFAC(FisherOptimizer):
+    r"""Natural gradient descent, diagonal in the eigenbases of K-FAC's factors.
+
+    In the coordinates W (h - m) + d, with C = E_C diag E_C^T and G = E_G diag E_G^T as in `KFAC`,
+    and with x = ((E_C^T (h - m)), 1),
+
+    .. math::
+        S = E[(E_G^T g)^2 (x^2)^T], \qquad
+        [\Delta W E_C, \Delta d] = E_G \frac{E_G^T [(\nabla_W - \nabla_b m^T) E_C, \nabla_b]}
+        {S + \lambda + \delta \bar S}
+
+    and b = d - W m: the second moments S, one for each entry of the gradient, take the place of
+    the products of eigenvalues, which equal them if inputs and gradients are independent. No
+    diagonal in this basis is closer to the Fisher (in those coordinates, in the Frobenius norm).
+
+    Args:
+        model, lr, likelihood, momentum, nesterov, weight_decay, statistics_every,
+            drift_tolerance, decay, max_norm, grad_scaler, params: as for `KFAC`.
+        factors: as for `KFAC`, of C and G and of S.
+        damping: lambda >= 0, in units of the loss's curvature.
+        relative_damping: delta >= 0, relative to the mean of S over the layer.
+        inverse_every: renew the eigenbases every so many steps, or "auto"; S starts again from
+            the products of eigenvalues.
+        diagonal_every: average S every so many steps, with the same decay. Each time costs about
+            what preconditioning costs, and, unless factors are "empirical", the extra pass.
+
+    Raises:
+        TypeError, ValueError: as for `KFAC`.
+    """
+
+    uses_rows = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 0.1,
+        *,
+        likelihood: Likelihood | nn.Module | None = None,
+        factors: str | None = None,
+        damping: float = 0.0,
+        relative_damping: float = 0.03,
+        momentum: float = 0.9,
+        nesterov: bool = True,
+        weight_decay: float = 0.0,
+        statistics_every: int = 10,
+        inverse_every: int | str = 100,
+        diagonal_every: int = 10,
+        drift_tolerance: float = 0.1,
+        decay: float = 0.95,
+        max_norm: float | None = 1.0,
+        grad_scaler: torch.amp.GradScaler | None = None,
+        params: Iterable | None = None,
+    ):
+        options = {
+            "lr": lr,
+            "damping": damping,
+            "relative_damping": relative_damping,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "weight_decay": weight_decay,
+            "statistics_every": statistics_every,
+            "inverse_every": inverse_every,
+            "diagonal_every": diagonal_every,
+            "drift_tolerance": drift_tolerance,
+            "decay": decay,
+            "max_norm": max_norm,
+        }
+        super().__init__(
+            model,
+            options,
+            params,
+            likelihood=likelihood,
+            factors=factors,
+            grad_scaler=grad_scaler,
+        )
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        super().check_group(group)
+        check_count("diagonal_every", group["diagonal_every"])
+
+    # The diagonal.
+
+    def observes(self, layer: Layer) -> bool:
+        return super().observes(layer) or self.due(layer.group["diagonal_every"])
+
+    def observe(self, layer: Layer, h: Tensor, g: Tensor) -> None:
+        super().observe(layer, h, g)
+        if layer.inverted and self.due(layer.group["diagonal_every"]):
+            self._average_diagonal(layer, h, g if self._passes else self._per_example(layer, g))
+
+    def _average_diagonal(self, layer: Layer, h: Tensor, g: Tensor) -> None:
+        state, n = layer.state, len(h)
+        if n == 0:
+            return
+        dtype = state["diagonal"].dtype
+        # S_b = (1/n) sum_i (E_G^T g_i)^2 (x_i^2)^T
+        x = (h.to(dtype) - self._center(layer)) @ state["basis"]
+        squares = (g.to(dtype) @ state["output_basis"]).square_().mT
+        batch = squares @ x.square_() / n
+        if layer.centered:
+            batch = torch.cat([batch, squares.mean(1, keepdim=True)], 1)
+        if not layer.batch.get("diagonal_discounted"):
+            state["diagonal_examples"] *= layer.group["decay"]
+            layer.batch["diagonal_discounted"] = True
+        state["diagonal_examples"] += n
+        mixed = state["diagonal"].lerp(batch, n / state["diagonal_examples"])
+        state["diagonal"] = torch.where(mixed.isfinite().all(), mixed, state["diagonal"])
+
+    def _center(self, layer: Layer) -> Tensor:
+        mean = layer.state["mean"]
+        return mean if layer.centered else torch.zeros_like(mean)
+
+    # The inverse.
+
+    def dampings(self, layer: Layer) -> dict[str, Tensor]:
+        # What the drift of either basis is measured with: a factor's share of lambda + delta S.
+        c, k = self.mean_variances(layer)
+        group = layer.group
+        share = (group["damping"] / (c * k) + group["relative_damping"]).sqrt()
+        return {"input": share * c, "output": share * k}
+
+    def invert_factors(self, layers: list[Layer]) -> None:
+        for layer in layers:
+            state = layer.state
+            for factor in self.factors(layer):
+                values, basis = eigenbasis(factor.get("covariance"))
+                state[factor.key("values")], state[factor.key("basis")] = values, basis
+            inputs = state["values"]
+            if layer.centered:
+                inputs = torch.cat([inputs, inputs.new_ones(1)])
+            state["diagonal"] = state["output_values"][:, None] * inputs
+            state["diagonal_examples"] = state["examples"]
+
+    def solve(self, factor: Factor, v: Tensor) -> Tensor:
+        values, basis = factor.get("values"), factor.get("basis")
+        return basis @ ((basis.mT @ v) / (values + self.dampings(factor.layer)[factor.side]))
+
+    def precondition(self, layer: Layer) -> tuple[Tensor, Tensor] | None:
+        if not layer.inverted:
+            return None
+        state, group = layer.state, layer.group
+        m, e_in, e_out = self._center(layer), state["basis"], state["output_basis"]
+        grad_weight, grad_bias = (grad.to(m) for grad in self.gradients(layer))
+        diagonal = state["diagonal"]
+        damped = diagonal + (group["damping"] + group["relative_damping"] * diagonal.mean())
+        # dW = E_G [E_G^T (grad_W - grad_b m^T) E_C / S] E_C^T
+        projected = e_out.mT @ grad_weight.addr(grad_bias, m, alpha=-1) @ e_in
+        dw = e_out @ (projected / damped[:, : len(m)]) @ e_in.mT
+        if not layer.centered:
+            return dw, torch.zeros_like(grad_bias)
+        # db = E_G [E_G^T grad_b / S_b] - dW m
+        return dw, e_out @ ((e_out.mT @ grad_bias) / damped[:, -1]) - dw @ m

@@ -1,0 +1,123 @@
+"""What K-FAC and EKFAC share: both factors, learned from the model's own distribution."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_so.likelihoods import Likelihood, likelihood_of
+from fused_so.optim.base import check_choice, check_number
+from fused_so.optim.kronecker import Factor, KroneckerOptimizer
+from fused_so.optim.layers import Layer
+from fused_so.optim.passes import SAMPLED, OutputPasses
+
+FACTORS = (*SAMPLED, "empirical")
+
+
+class FisherOptimizer(KroneckerOptimizer):
+    """Base of the optimizers whose metric is C (x) G in every layer.
+
+    G = N sum_i g_i g_i^T over the rows g_i, gradients of the loss with respect to a layer's
+    outputs, N being what the loss divides its sum by; C is a mean over rows.
+
+    Args:
+        model, defaults, params: as for `LayerOptimizer`.
+        likelihood: that of the loss, or one of the nn losses that `likelihood_of` knows; None
+            leaves the gradients of the user's own backward pass, of a mean over rows.
+        factors: one of FACTORS; by default "sampled" with a likelihood, else "empirical".
+        grad_scaler: the torch.amp.GradScaler in use, if any; only "empirical" depends on it.
+    """
+
+    sides = ("input", "output")
+    uses_rows = True
+    decay_in_metric = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        defaults: dict[str, Any],
+        params: Iterable | None,
+        *,
+        likelihood: Likelihood | nn.Module | None,
+        factors: str | None,
+        grad_scaler: torch.amp.GradScaler | None,
+    ):
+        likelihood = None if likelihood is None else likelihood_of(likelihood)
+        factors = factors or ("empirical" if likelihood is None else "sampled")
+        check_choice("factors", factors, FACTORS)
+        if likelihood is None and factors != "empirical":
+            raise ValueError(
+                f"factors={factors!r} needs the likelihood of the model's outputs; pass "
+                f"likelihood= (fused_so.Categorical(), the nn loss you train with, ...)"
+            )
+        if grad_scaler is not None and not isinstance(grad_scaler, torch.amp.GradScaler):
+            raise TypeError(
+                f"grad_scaler must be a torch.amp.GradScaler or None, got "
+                f"{type(grad_scaler).__name__}"
+            )
+        self._likelihood, self._factors, self._grad_scaler = likelihood, factors, grad_scaler
+        self._passes: OutputPasses | None = None
+        super().__init__(model, defaults, params)
+        if factors != "empirical":
+            self._passes = OutputPasses(
+                self._model, likelihood, factors, self._captures, self._wants_passes
+            )
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        super().check_group(group)
+        check_number("damping", group["damping"], 0.0)
+        check_number("relative_damping", group["relative_damping"], 0.0)
+
+    # Statistics.
+
+    def _wants_passes(self) -> bool:
+        return any(self.observes(layer) for layer in self._layers)
+
+    def receive(self, layer: Layer, h: Tensor, g: Tensor) -> None:
+        passes = self._passes
+        if passes is None:
+            super().receive(layer, h, g)
+        elif passes.rows is None:
+            # The user's own backward pass: only what preconditioning by rows needs.
+            if self.uses_rows and not self._readback.waits_for(h):
+                self._keep_rows(layer, h, g)
+        else:
+            layer.state["scale"] = passes.scale
+            # A layer may see several rows of an example.
+            ratio = math.sqrt(len(h) / max(passes.rows, 1))
+            self.observe(layer, h, g if ratio == 1 else ratio * g)
+
+    def observe(self, layer: Layer, h: Tensor, g: Tensor) -> None:
+        if self._passes is None:
+            g = self._per_example(layer, g)
+        if self.averages(layer):
+            if self._passes is None or self._passes.first:
+                self.average(Factor(layer, "input"), h)
+            self.average(Factor(layer, "output"), g)
+
+    def _per_example(self, layer: Layer, g: Tensor) -> Tensor:
+        """Rows such that G is their mean product, from those of a mean over rows: n g."""
+        layer.state["scale"] = 1.0
+        scale = len(g)
+        if self._grad_scaler is not None and self._grad_scaler._scale is not None:
+            # get_scale() would synchronize
+            scale = scale / self._grad_scaler._scale.to(g.device, torch.float32)
+        return g * scale
+
+    def curvature_scale(self, layer: Layer) -> float:
+        # F is that of the loss; the bound is on twice the divergence an example, N / n of it.
+        return layer.state["scale"]
+
+    def mean_variances(self, layer: Layer) -> tuple[Tensor, Tensor]:
+        """tr C / in and tr G / out, both positive."""
+        means = (f.get("covariance").diagonal().mean() for f in self.factors(layer))
+        return tuple(torch.where(m > 0, m, torch.finfo(m.dtype).tiny ** 0.5) for m in means)
+
+    def remove_hooks(self) -> None:
+        super().remove_hooks()
+        if self._passes is not None:
+            self._passes.remove()

@@ -1,0 +1,214 @@
+"""K-FAC, Kronecker-factored approximate curvature (Martens and Grosse 2015)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_so.likelihoods import Likelihood
+from fused_so.optim.base import check_choice
+from fused_so.optim.fisher import FisherOptimizer
+from fused_so.optim.kronecker import Factor
+from fused_so.optim.layers import Layer
+from fused_so.optim.recipe import PaperRecipe
+from fused_so.optim.tridiagonal import TridiagonalInverse
+
+STRUCTURES = ("block_diagonal", "block_tridiagonal")
+CHEAP = {
+    "lr": 0.1,
+    "damping": 0.0,
+    "relative_damping": 0.03,
+    "statistics_every": 10,
+    "inverse_every": 100,
+}
+PAPER = {
+    "lr": 1.0,
+    "damping": 150.0,
+    "relative_damping": 0.0,
+    "statistics_every": 1,
+    "inverse_every": 20,
+}
+
+
+class KFAC(FisherOptimizer):
+    r"""Natural gradient descent with the Fisher of every layer as a Kronecker product.
+
+    For a linear layer with inputs h of mean m and covariance C, and gradients g of the loss with
+    respect to its outputs, G = E[g g^T] over the model's own distribution of targets,
+
+    .. math::
+        \Delta W = G_\lambda^{-1} (\nabla_W - \nabla_b m^T)\, C_\lambda^{-1}, \qquad
+        \Delta b = G_\lambda^{-1} \nabla_b - \Delta W m
+
+    which is the inverse of the damped homogeneous factor times that of G (Martens and Grosse
+    2015, section 3). Damping is factored: with c = tr C / in, k = tr G / out and pi^2 = c / k,
+
+    .. math::
+        C_\lambda = C + (\pi \sqrt{\lambda + \eta} + \sqrt\delta\, c) I, \qquad
+        G_\lambda = G + (\sqrt{\lambda + \eta} / \pi + \sqrt\delta\, k) I
+
+    lambda being `damping`, delta `relative_damping`, eta `weight_decay`. `p.grad` is only read.
+
+    Args:
+        model: the module to train; called as `model(...)` and returning one tensor, unless
+            factors are "empirical". Its nn.Linear layers are preconditioned; every other
+            parameter takes momentum SGD with the same lr and bound, and a warning lists them.
+        lr: the learning rate, >= 0.
+        likelihood: that of the loss: `fused_so.Categorical()` and the others, or the nn loss in
+            use. It must divide by what the loss divides by (`reduction`). None: the factors are
+            "empirical", of a loss that is a mean over rows.
+        factors: whose gradients make G. "sampled": of targets drawn from the model, one more
+            backward pass to the layers' outputs on steps with statistics. "gauss_newton": of
+            random signs times a root of the curvature at the outputs; the same expectation, less
+            noise. "exact": that expectation, with as many passes as there are outputs.
+            "empirical": of the loss itself; no extra pass, but the second moment of the gradients
+            is no Fisher, and vanishes where the fit is good.
+        structure: "block_diagonal", or "block_tridiagonal", which also models the interaction of
+            each layer with the next (section 3.3; the layers in the order of `model.modules()`,
+            each called once in a forward pass) for eigendecompositions at each refresh and about
+            three times the products a step.
+        damping: lambda >= 0, in units of the loss's curvature.
+        relative_damping: delta >= 0, relative to the mean curvature of the layer.
+        momentum: of the preconditioned updates, in [0, 1].
+        nesterov: take the look-ahead form of momentum.
+        weight_decay: eta >= 0: eta / 2 times the squared norm is part of the objective and of its
+            metric. Parameters that no layer owns decay as in SGD.
+        statistics_every: average the statistics every so many steps.
+        inverse_every: invert them every so many steps, or "auto", as for `ACP`. What counts
+            steps also happens at steps 0, 1, 2, 4, 8, ... up to there.
+        drift_tolerance: for "auto", as for `ACP`.
+        decay: of the exponential averages, in [0, 1]; bias-corrected.
+        max_norm: an upper bound for the norm of a param group's update in its metric, before lr:
+            its square is twice the divergence, in nats an example, by which the update would
+            change the model's distribution, to second order (a "KL clip"). None for no bound.
+        recipe: None for the settings above; "paper" for the whole of Martens and Grosse 2015,
+            section 6 and 7 of the long version, which needs `step(closure)` and a likelihood:
+            statistics every step, inverses every 20, lambda and the factors' damping adapted,
+            and step size and momentum from the exact Fisher's quadratic model on the batch. It
+            sets lr to 1 and ignores momentum, nesterov, max_norm and relative_damping.
+        grad_scaler: the torch.amp.GradScaler in use, if any; only "empirical" depends on it.
+        params: parameters or param groups, as for `ACP`; recipe="paper" takes one group.
+
+    Raises:
+        TypeError, ValueError: an option out of its range; a model without trainable nn.Linear; a
+            layer whose weight and bias are in different groups; factors without a likelihood.
+        RuntimeError: from `step`, if a factor cannot be inverted even with the damping raised a
+            thousandfold.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float | None = None,
+        *,
+        likelihood: Likelihood | nn.Module | None = None,
+        factors: str | None = None,
+        structure: str = "block_diagonal",
+        damping: float | None = None,
+        relative_damping: float | None = None,
+        momentum: float = 0.9,
+        nesterov: bool = True,
+        weight_decay: float = 0.0,
+        statistics_every: int | None = None,
+        inverse_every: int | str | None = None,
+        drift_tolerance: float = 0.1,
+        decay: float = 0.95,
+        max_norm: float | None = 1.0,
+        recipe: str | None = None,
+        grad_scaler: torch.amp.GradScaler | None = None,
+        params: Iterable | None = None,
+    ):
+        check_choice("structure", structure, STRUCTURES)
+        if recipe not in (None, "paper"):
+            raise ValueError(f"recipe must be None or 'paper', got {recipe!r}")
+        options = {
+            "lr": lr,
+            "damping": damping,
+            "relative_damping": relative_damping,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "weight_decay": weight_decay,
+            "statistics_every": statistics_every,
+            "inverse_every": inverse_every,
+            "drift_tolerance": drift_tolerance,
+            "decay": decay,
+            "max_norm": max_norm,
+            "gamma": None,
+        }
+        for name, value in (PAPER if recipe == "paper" else CHEAP).items():
+            options[name] = value if options[name] is None else options[name]
+        self._recipe: PaperRecipe | None = None
+        self._tridiagonal: TridiagonalInverse | None = None
+        self._joint: dict[Layer, tuple[Tensor, Tensor]] | None = None
+        super().__init__(
+            model,
+            options,
+            params,
+            likelihood=likelihood,
+            factors=factors,
+            grad_scaler=grad_scaler,
+        )
+        if structure == "block_tridiagonal":
+            self._tridiagonal = TridiagonalInverse(self)
+        if recipe == "paper":
+            self._recipe = PaperRecipe(self)
+
+    def dampings(self, layer: Layer) -> dict[str, Tensor]:
+        group = layer.group
+        c, k = self.mean_variances(layer)
+        # pi gamma and gamma / pi, with gamma = sqrt(lambda + eta) unless it is adapted
+        gamma = group["gamma"]
+        if gamma is None:
+            gamma = math.sqrt(group["damping"] + group["weight_decay"])
+        pi, root = (c / k).sqrt(), math.sqrt(group["relative_damping"])
+        return {"input": pi * gamma + root * c, "output": gamma / pi + root * k}
+
+    # The block-tridiagonal inverse.
+
+    def average(self, factor: Factor, x: Tensor) -> None:
+        if self._tridiagonal is not None:
+            self._tridiagonal.observe(factor, x)
+        super().average(factor, x)
+
+    def invert_factors(self, layers: list[Layer]) -> None:
+        super().invert_factors(layers)
+        self._joint = None
+        if self._tridiagonal is not None:
+            self._tridiagonal.refresh(layers)
+
+    def precondition(self, layer: Layer) -> tuple[Tensor, Tensor] | None:
+        if self._tridiagonal is None:
+            return super().precondition(layer)
+        if self._joint is None:
+            moved = [layer for layer in self._layers if layer.module.weight.grad is not None]
+            self._joint = self._tridiagonal.precondition(moved)
+        return self._joint.get(layer)
+
+    # The paper's recipe.
+
+    def _update(self) -> None:
+        self._joint = None
+        if self._recipe is None:
+            super()._update()
+        else:
+            self._recipe.update()
+        self._joint = None
+
+    def diagnostics(self) -> dict[str, Any]:
+        """As for every Kronecker optimizer; with recipe="paper" also "damping" (lambda), "gamma"
+        and "ratio", that of the last two evaluated losses' difference to the predicted one."""
+        report = super().diagnostics()
+        if self._recipe is not None:
+            group = self.param_groups[0]
+            report |= {name: group[name] for name in ("damping", "gamma")}
+            report["ratio"] = self._recipe.ratio
+        return report
+
+    def remove_hooks(self) -> None:
+        super().remove_hooks()
+        if self._recipe is not None:
+            self._recipe.remove()

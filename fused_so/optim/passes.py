@@ -1,0 +1,118 @@
+"""Gradients for the output factors: what a model's own distribution would send back.
+
+One more backward pass, from the outputs to the layers' outputs alone, right after the model's
+forward pass and before the user's own. What it starts from is, with S_i S_i^T = D_i the curvature
+of the loss at the outputs of example i and N what the loss divides its sum by,
+
+    sampled        the score of targets drawn from the model        E[N s s^T] = D
+    gauss_newton   S r, random signs r                              E[S r (S r)^T] = D
+    exact          every column of S in turn                        sum_k S_k S_k^T = D
+
+D is both Fisher and Gauss-Newton (`fused_so.likelihoods`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from fused_so.capture import Capture, inert
+from fused_so.likelihoods import Likelihood
+
+SAMPLED = ("sampled", "gauss_newton", "exact")
+
+
+class OutputPasses:
+    """Runs the extra backward passes of one model.
+
+    While `wanted()`, a forward pass of the model in grad mode ends with the passes of `kind`; the
+    captures' hooks then receive each layer's rows, scaled so that the output factor is the mean of
+    their products. Meanwhile `rows` is the number of examples (None at all other times), `scale`
+    that over N, and `first` says whether the pass is the first after its forward pass.
+
+    Args:
+        model, likelihood, kind: what is differentiated, and from what.
+        captures: the hooks on the model's layers.
+        wanted: asked before every forward pass.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: Likelihood,
+        kind: str,
+        captures: list[Capture],
+        wanted: Callable[[], bool],
+    ):
+        self.rows: int | None = None
+        self.first = False
+        self.scale = 1.0
+        self._likelihood, self._kind = likelihood, kind
+        self._captures, self._wanted = captures, wanted
+        self._handles = [
+            model.register_forward_pre_hook(_Hook(self._begin)),
+            model.register_forward_hook(_Hook(self._end)),
+        ]
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _begin(self, *_) -> None:
+        observed = any(capture.active for capture in self._captures)
+        wanted = observed and torch.is_grad_enabled() and self._wanted()
+        for capture in self._captures:
+            capture.edges = [] if wanted else None
+
+    @torch.compiler.disable
+    def _end(self, module: nn.Module, args: tuple, outputs: Tensor) -> None:
+        edges = [edge for capture in self._captures for edge in capture.edges or ()]
+        for capture in self._captures:
+            capture.edges = None
+        if not edges:
+            return
+        if not isinstance(outputs, Tensor):
+            raise TypeError(
+                f"the model must return one tensor for its curvature to be sampled, got "
+                f"{type(outputs).__name__}; wrap the model, or use factors='empirical'"
+            )
+        try:
+            for first, scores in enumerate(self._scores(outputs.detach())):
+                self.first = first == 0
+                torch.autograd.grad(
+                    outputs, edges, scores.to(outputs), retain_graph=True, allow_unused=True
+                )
+        finally:
+            self.rows = None
+
+    @torch.no_grad()
+    def _scores(self, outputs: Tensor) -> Iterator[Tensor]:
+        """What the passes start from, scaled so that G is a mean over rows of their products."""
+        likelihood, n = self._likelihood, self._likelihood.examples(outputs)
+        normalizer = likelihood.normalizer(outputs)
+        self.rows, self.scale = n, n / max(normalizer, 1)
+        if self._kind == "sampled":
+            # N sum_i s s^T is the mean over i of n N s s^T
+            targets = likelihood.sample(outputs)
+            yield math.sqrt(n * normalizer) * likelihood.score(outputs, targets)
+        elif self._kind == "gauss_newton":
+            # sum_i S r (S r)^T is the mean over i of n of them
+            yield math.sqrt(n) * likelihood.sketch(outputs)
+        else:
+            # sum_ik S_k S_k^T is the mean over i and k of n o of them
+            columns = likelihood.curvature_sqrt_columns(outputs)
+            yield from math.sqrt(n * len(columns)) * columns
+
+
+class _Hook:
+    def __init__(self, function: Callable):
+        self._function = function
+
+    def __call__(self, *arguments) -> None:
+        self._function(*arguments)
+
+    def __reduce__(self):
+        return inert, ()
