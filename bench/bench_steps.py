@@ -19,6 +19,8 @@ SIZES = [(1024,), (512,), (128,)]
 WIDTHS = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
 ROUNDS, ROUND_STEPS, BLOCK_STEPS = 2, 100, 10
 
+LIKELIHOOD = fused_so.Bernoulli(reduction="batchmean")
+AMORTIZED = {"statistics_every": 10, "inverse_every": 100}
 OPTIMIZERS = {
     "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9),
     "sgd fused": lambda model: torch.optim.SGD(
@@ -27,6 +29,9 @@ OPTIMIZERS = {
     "adam fused": lambda model: torch.optim.Adam(model.parameters(), lr=1e-5, fused=True),
     "cgd": lambda model: fused_so.CGD(model, lr=1e-4),
     "acp": lambda model: fused_so.ACP(model, lr=1e-4),
+    "nnn": lambda model: fused_so.NNN(model, lr=1e-4),
+    "kfac": lambda model: fused_so.KFAC(model, lr=1e-4, likelihood=LIKELIHOOD, **AMORTIZED),
+    "ekfac": lambda model: fused_so.EKFAC(model, lr=1e-4, likelihood=LIKELIHOOD, **AMORTIZED),
 }
 
 
