@@ -49,6 +49,7 @@ def test_a_sound_kernel(library, seed):
         ("unwritten_output", "reads entry .* of out, which nobody has written"),
         ("reads_beyond", "thread 63: reads 4 bytes that belong to nothing"),
         ("writes_beyond", "thread 0: writes 4 bytes that belong to nothing"),
+        ("index_beyond", "thread 63: index 64 is out of bounds, line"),
         ("writes_input", "writes to the input in"),
         ("two_barriers", "diverged: thread .* waits at a barrier, line .*waits at a barrier, line"),
         ("leaves_early", "diverged: .*thread 3 has finished"),

@@ -23,7 +23,10 @@ int run(const void* a, const void* damping, void* inverse, int32_t* info, void* 
                                      batch,
                                      d};
   const int64_t entries = fused_so::panel_entries(batch, d);
-  cuda_shim::input("a", matrices, batch * d * d);
+  // Nothing above the diagonal.
+  for (int64_t row = 0; row < batch * d; ++row) {
+    cuda_shim::input("a", matrices + row * d, row % d + 1);
+  }
   cuda_shim::input("damping", p.damping, batch);
   cuda_shim::output("inverse", p.inverse, batch * d * d);
   cuda_shim::output("info", info, batch);

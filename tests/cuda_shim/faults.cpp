@@ -65,6 +65,13 @@ __global__ void writes_beyond(const float* in, float* out) {
   out[static_cast<int>(threadIdx.x) - 1] = in[threadIdx.x];
 }
 
+__global__ void index_beyond(const float* in, float* out) {
+  __shared__ float values[2][kThreads];
+  values[0][threadIdx.x] = values[1][threadIdx.x] = in[threadIdx.x];
+  __syncthreads();
+  out[threadIdx.x] = values[0][threadIdx.x + 1];
+}
+
 __global__ void writes_input(const float* in, float* out) {
   out[threadIdx.x] = in[threadIdx.x];
   const_cast<float*>(in)[threadIdx.x] = 0;
@@ -110,6 +117,7 @@ const std::map<std::string, Kernel> kKernels = {
     NAMED(unwritten_output),
     NAMED(reads_beyond),
     NAMED(writes_beyond),
+    NAMED(index_beyond),
     NAMED(writes_input),
     NAMED(blocks_write_the_same),
     NAMED(two_barriers),

@@ -409,6 +409,17 @@ FUSED_SO_REPORT(8)
 FUSED_SO_REPORT(16)
 extern "C" void __tsan_read_range(void* p, size_t bytes) { check((uintptr_t)p, bytes, false); }
 extern "C" void __tsan_write_range(void* p, size_t bytes) { check((uintptr_t)p, bytes, true); }
+
+// What g++ -fsanitize=undefined calls for an index beyond an array whose size it knows.
+struct SourceLocation {
+  const char* file;
+  uint32_t line, column;
+};
+extern "C" [[noreturn]] void __ubsan_handle_out_of_bounds_abort(SourceLocation* at, size_t index) {
+  if (current == nullptr) std::abort();
+  fail("index %zd is out of bounds, line %u", static_cast<ssize_t>(index), at->line);
+}
+
 extern "C" void __tsan_init() {}
 extern "C" void __tsan_func_entry(void*) {}
 extern "C" void __tsan_func_exit() {}
