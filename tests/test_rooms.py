@@ -61,6 +61,10 @@ def test_every_triton_kernel_has_its_test():
     assert kernels <= stems("tests/triton_kernels", r"test_(.*)\.py")
 
 
+def test_every_cuda_kernel_runs_on_the_cpu():
+    assert stems("csrc/cuda", r"(.*)\.cu") <= stems("tests/cuda_shim", r"(.*)\.cpp")
+
+
 @pytest.mark.parametrize("name", ops.__all__)
 def test_reference_has_the_name_and_arguments_of_the_op(name):
     public, oracle = (

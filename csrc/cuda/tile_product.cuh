@@ -59,17 +59,6 @@ struct PlainProduct {
   }
 };
 
-// x rounded to the 11 significant bits that the tensor cores read.
-__device__ inline uint32_t round_to_tf32(float x) {
-#ifdef __CUDACC__
-  uint32_t bits;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
-  return bits;
-#else
-  return cuda_shim::round_to_tf32(x);
-#endif
-}
-
 // c (16, 8) += a (16, 8) b (8, 8), a product of the whole warp. With g = lane / 4 and t = lane % 4
 // a lane holds a[g, t], a[g + 8, t], a[g, t + 4], a[g + 8, t + 4]; b[t, g], b[t + 4, g]; and
 // c[g, 2t], c[g, 2t + 1], c[g + 8, 2t], c[g + 8, 2t + 1] (PTX ISA, mma.m16n8k8).
@@ -86,14 +75,16 @@ __device__ inline void multiply_tf32(float (&c)[4], const uint32_t (&a)[4],
 #endif
 }
 
-// kCount floats of a lane as big + small, to 22 bits and more.
+// kCount floats of a lane as big + small. The tensor cores read 11 significant bits of an operand:
+// big is rounded to them; small, of either sign, has at most one more, which they cut off. A NaN
+// that rounding destroys is still in small.
 template <int kCount>
 struct SplitTf32 {
   uint32_t big[kCount], small[kCount];
 
   __device__ void set(int i, float x) {
-    big[i] = round_to_tf32(x);
-    small[i] = round_to_tf32(x - __uint_as_float(big[i]));
+    big[i] = (__float_as_uint(x) + 0x1000u) & 0xffffe000u;
+    small[i] = __float_as_uint(x - __uint_as_float(big[i]));
   }
 };
 

@@ -47,6 +47,12 @@ struct cudaLaunchConfig_t {
   cudaStream_t stream;
 };
 
+inline uint32_t __float_as_uint(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
 inline float __uint_as_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);
@@ -91,7 +97,7 @@ T shuffle(const char* file, int line, uint32_t mask, T value, const Source& sour
   return value;
 }
 
-uint32_t round_to_tf32(float x);
+// The product of a warp, mma.m16n8k8 in TF32.
 void multiply_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 
 cudaError_t run(dim3 grid, dim3 block, void (*thread)(void*), void* argument);

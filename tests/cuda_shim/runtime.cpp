@@ -327,13 +327,6 @@ void require_full_mask(uint32_t mask) {
   if (mask != 0xffffffffu) fail("only full masks are supported, got %#x", mask);
 }
 
-uint32_t round_to_tf32(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  if (std::isnan(x)) return 0x7fffffffu;
-  return std::isinf(x) ? bits : (bits + 0x1000u) & ~0x1fffu;
-}
-
 // As the hardware does: exact products of what 19 bits of each operand hold, a sum of more bits
 // than float has, and the rest cut off.
 void multiply_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
