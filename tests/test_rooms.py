@@ -21,7 +21,7 @@ GPU_HOME = {
     "precondition": "triton",
 }
 # Ops that run on the reference on a GPU until their kernel exists.
-GPU_KERNEL_MISSING = {"damped_inverse", "grad_gram", "jacobian_backprop"}
+GPU_KERNEL_MISSING = {"grad_gram", "jacobian_backprop"}
 
 
 def stems(folder: str, pattern: str) -> set[str]:
@@ -59,6 +59,10 @@ def test_gpu_room_holds_its_ops(home, folder, pattern):
 def test_every_triton_kernel_has_its_test():
     kernels = stems("fused_so/triton_kernels", r"(.*)\.py")
     assert kernels <= stems("tests/triton_kernels", r"test_(.*)\.py")
+
+
+def test_every_cuda_kernel_runs_on_the_cpu():
+    assert stems("csrc/cuda", r"(.*)\.cu") <= stems("tests/cuda_shim", r"(.*)\.cpp")
 
 
 @pytest.mark.parametrize("name", ops.__all__)

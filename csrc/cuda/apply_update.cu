@@ -1,5 +1,4 @@
 // The whole parameter update of many tensors in one launch: the host side.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -9,15 +8,10 @@
 
 #include "common/dispatch.h"
 #include "cuda/apply_update.cuh"
+#include "cuda/current_stream.h"
 
 namespace fused_so {
 namespace {
-
-cudaStream_t current_stream(int32_t device) {
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  return static_cast<cudaStream_t>(stream);
-}
 
 template <class P, class U>
 cudaError_t update_all(const std::vector<Tensor>& params, const std::vector<Tensor>& updates,

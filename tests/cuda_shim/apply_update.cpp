@@ -19,19 +19,23 @@ int run(int64_t count, void** params, void** updates, void** buffers, const int6
   for (int64_t t = 0; t < count; ++t) {
     tensors.push_back({static_cast<P*>(params[t]), static_cast<const U*>(updates[t]),
                        static_cast<A*>(buffers == nullptr ? nullptr : buffers[t]), sizes[t]});
+    cuda_shim::input_and_output("params", tensors.back().param, sizes[t]);
+    cuda_shim::input("updates", tensors.back().update, sizes[t]);
+    if (buffers != nullptr) cuda_shim::input_and_output("buffers", tensors.back().buffer, sizes[t]);
   }
+  if (scale != nullptr) cuda_shim::input("scale", static_cast<const A*>(scale), 1);
   const fused_so::UpdateRule<A> update_rule{static_cast<A>(rule[0]), static_cast<A>(rule[1]),
                                             static_cast<A>(rule[2]), rule[3] != 0};
-  launches = 0;
   const cudaError_t status = fused_so::launch_apply_update(tensors.data(), count, update_rule,
                                                            static_cast<const A*>(scale), nullptr);
-  return status == cudaSuccess ? launches : -static_cast<int>(status);
+  cuda_shim::forget();
+  return status;
 }
 
 }  // namespace
 
 // dtypes: of params and updates, "half", "bfloat16", "float" or "double", with a comma between.
-// Returns the number of launches, or an error code as a negative number.
+// Returns a cudaError_t.
 extern "C" int apply_update(const char* dtypes, int64_t count, void** params, void** updates,
                             void** buffers, const int64_t* sizes, const double* rule,
                             const void* scale) {

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-import itertools
-import os
-import re
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 
 from fused_so import reference
 from fused_so.ops import apply_update_
+from tests.cuda import shim
 from tests.ops import budget
 
-ROOT = Path(__file__).parents[2]
 # Around a block's share on a GPU (2048), a chunk on the CPU (65536), and nothing at all.
 SHAPES = [(3, 4), (0,), (1,), (), (2047,), (2048,), (2049,), (5, 0, 2), (65536,), (257, 256)]
 RULES = [
@@ -290,26 +284,12 @@ def test_a_tensor_given_twice_is_refused():
 
 @pytest.fixture(scope="module")
 def cuda_kernel(tmp_path_factory):
-    """csrc/cuda/apply_update.cuh compiled as C++ (tests/cuda_shim), with apply_update_'s arguments.
+    """csrc/cuda/apply_update.cuh run on the CPU (tests/cuda_shim), with apply_update_'s arguments.
 
     Returns the number of launches.
     """
-    library = tmp_path_factory.mktemp("cuda_shim") / "apply_update.so"
-    shim = ROOT / "tests" / "cuda_shim"
-    torch_headers = Path(torch.__file__).parent / "include"
-    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
-    checks = ["-fsanitize=undefined", "-fno-sanitize-recover"]
-    headers = [f"-I{shim}", f"-I{ROOT / 'csrc'}", f"-isystem{torch_headers}"]
-    files = [str(shim / "apply_update.cpp"), "-o", str(library)]
-    compiler = os.environ.get("CXX", "g++")
-    subprocess.run([compiler, *flags, *checks, *headers, *files], check=True)
-    function = ctypes.CDLL(str(library)).apply_update
-    names = {
-        torch.float16: "half",
-        torch.bfloat16: "bfloat16",
-        torch.float32: "float",
-        torch.float64: "double",
-    }
+    directory = tmp_path_factory.mktemp("cuda_shim")
+    library = shim.build(shim.SHIM / "apply_update.cpp", directory)
 
     def pointers(tensors):
         return (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors))
@@ -318,14 +298,15 @@ def cuda_kernel(tmp_path_factory):
         used = [i for i, p in enumerate(params) if p.numel()]
         params, updates = [params[i] for i in used], [updates[i] for i in used]
         buffers = [buffers[i] for i in used] if buffers else []
-        dtypes = f"{names[params[0].dtype]},{names[updates[0].dtype]}"
+        dtypes = f"{shim.NAMES[params[0].dtype]},{shim.NAMES[updates[0].dtype]}"
         numbers = (
             lr,
             rule.get("momentum", 0),
             rule.get("weight_decay", 0),
             rule.get("nesterov", 0),
         )
-        return function(
+        library.shim_reset(0)
+        status = library.apply_update(
             dtypes.encode(),
             ctypes.c_int64(len(params)),
             pointers(params),
@@ -333,8 +314,10 @@ def cuda_kernel(tmp_path_factory):
             pointers(buffers) if buffers else None,
             (ctypes.c_int64 * len(params))(*(p.numel() for p in params)),
             (ctypes.c_double * 4)(*numbers),
-            ctypes.c_void_p(scale.data_ptr() if scale is not None else None),
+            shim.pointer(scale),
         )
+        shim.assert_success(library, status)
+        return library.shim_launches()
 
     return run
 
@@ -381,26 +364,9 @@ def test_the_cuda_kernel_takes_many_tensors_in_one_launch(cuda_kernel, count, la
 
 def test_the_cuda_kernel_compiles_without_spills(tmp_path):
     """For every architecture of setup.py: neither spills nor a stack, and at most 96 registers."""
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        message = "nvcc was not found on PATH"
-        if os.environ.get("FUSED_SO_CUDA") == "1":
-            pytest.fail(f"FUSED_SO_CUDA=1, but {message}")
-        pytest.skip(message)
-    headers = Path(torch.__file__).parent / "include"
-    architectures = ("80", "90", "100")
-    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
-    flags = ["-O3", "-std=c++17", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA"]
-    flags += ["-Xptxas=-v", f"-I{ROOT / 'csrc'}", f"-I{headers}", "-c"]
-    files = [str(ROOT / "csrc" / "cuda" / "apply_update.cu"), "-o", str(tmp_path / "kernel.o")]
-    compiled = subprocess.run([nvcc, *flags, *codes, *files], capture_output=True, text=True)
-    assert compiled.returncode == 0, compiled.stderr
-    usage = re.findall(
-        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads",
-        compiled.stderr,
-    )
-    registers = [int(n) for n in re.findall(r"Used (\d+) registers", compiled.stderr)]
+    found = shim.resources(shim.ROOT / "csrc" / "cuda" / "apply_update.cu", tmp_path)
     tables = 2
-    assert len(usage) == len(registers) == len(architectures) * len(DTYPE_PAIRS) * tables
-    assert set(itertools.chain(*usage)) == {"0"}, usage
-    assert max(registers) <= 96
+    assert len(found) == len(shim.ARCHITECTURES) * len(DTYPE_PAIRS) * tables
+    for kernel in found:
+        assert kernel.stack == kernel.spills == 0, kernel
+        assert kernel.registers <= 96, kernel
