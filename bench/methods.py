@@ -51,6 +51,8 @@ METHODS: dict[str, Method] = {
     "sgd": Method(_sgd, {"lr": _decades(-3.5, -1)}, searched=True),
     "adam": Method(_adam, {"lr": _decades(-4, -1.5)}, searched=True),
     "cgd": Method(_fused_so("CGD"), {"lr": _decades(-3.5, -1)}, searched=False),
+    "nnn": Method(_fused_so("NNN"), {"lr": _decades(-2.5, 0)}, searched=False),
+    "ekfac": Method(_fused_so("EKFAC", likelihood=True), {"lr": _decades(-2.5, 0)}, searched=False),
     "kfac": Method(_fused_so("KFAC", likelihood=True), {"lr": _decades(-2.5, 0)}, searched=False),
     "acp": Method(_fused_so("ACP"), {"lr": _decades(-2.5, 0)}, searched=False),
 }

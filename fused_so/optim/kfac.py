@@ -19,11 +19,12 @@ from fused_so.optim.tridiagonal import TridiagonalInverse
 
 STRUCTURES = ("block_diagonal", "block_tridiagonal")
 CHEAP = {
-    "lr": 0.1,
+    "lr": 0.3,
     "damping": 0.0,
-    "relative_damping": 0.03,
-    "statistics_every": 10,
-    "inverse_every": 100,
+    "relative_damping": 0.1,
+    "statistics_every": 5,
+    "inverse_every": "auto",
+    "decay": 0.8,
 }
 PAPER = {
     "lr": 1.0,
@@ -31,6 +32,7 @@ PAPER = {
     "relative_damping": 0.0,
     "statistics_every": 1,
     "inverse_every": 20,
+    "decay": 0.95,
 }
 
 
@@ -57,7 +59,9 @@ class KFAC(FisherOptimizer):
         model: the module to train; called as `model(...)` and returning one tensor, unless
             factors are "empirical". Its nn.Linear layers are preconditioned; every other
             parameter takes momentum SGD with the same lr and bound, and a warning lists them.
-        lr: the learning rate, >= 0.
+        lr: the learning rate, >= 0. While max_norm = 1 binds, as it usually does, a step without
+            momentum changes the model's distribution by lr^2 / 2 nats an example, whatever the
+            scale of the loss; with momentum beta, lr / (1 - beta) takes the place of lr.
         likelihood: that of the loss: `fused_so.Categorical()` and the others, or the nn loss in
             use. It must divide by what the loss divides by (`reduction`). None: the factors are
             "empirical", of a loss that is a mean over rows.
@@ -73,7 +77,8 @@ class KFAC(FisherOptimizer):
             three times the products a step.
         damping: lambda >= 0, in units of the loss's curvature.
         relative_damping: delta >= 0, relative to the mean curvature of the layer.
-        momentum: of the preconditioned updates, in [0, 1].
+        momentum: of the preconditioned updates, in [0, 1]. The default is none: early steps,
+            whose curvature changes quickly, overshoot with it.
         nesterov: take the look-ahead form of momentum.
         weight_decay: eta >= 0: eta / 2 times the squared norm is part of the objective and of its
             metric. Parameters that no layer owns decay as in SGD.
@@ -85,11 +90,11 @@ class KFAC(FisherOptimizer):
         max_norm: an upper bound for the norm of a param group's update in its metric, before lr:
             its square is twice the divergence, in nats an example, by which the update would
             change the model's distribution, to second order (a "KL clip"). None for no bound.
-        recipe: None for the settings above; "paper" for the whole of Martens and Grosse 2015,
-            section 6 and 7 of the long version, which needs `step(closure)` and a likelihood:
-            statistics every step, inverses every 20, lambda and the factors' damping adapted,
-            and step size and momentum from the exact Fisher's quadratic model on the batch. It
-            sets lr to 1 and ignores momentum, nesterov, max_norm and relative_damping.
+        recipe: None, or "paper" for the whole of Martens and Grosse 2015 (sections 6 and 7 of the
+            long version), which needs `step(closure)` and a likelihood: lambda and the factors'
+            damping are adapted, and step size and momentum come from the exact Fisher's
+            quadratic model on the batch; momentum, nesterov and max_norm are ignored. The
+            options whose default is None have one that depends on the recipe.
         grad_scaler: the torch.amp.GradScaler in use, if any; only "empirical" depends on it.
         params: parameters or param groups, as for `ACP`; recipe="paper" takes one group.
 
@@ -110,13 +115,13 @@ class KFAC(FisherOptimizer):
         structure: str = "block_diagonal",
         damping: float | None = None,
         relative_damping: float | None = None,
-        momentum: float = 0.9,
-        nesterov: bool = True,
+        momentum: float = 0.0,
+        nesterov: bool = False,
         weight_decay: float = 0.0,
         statistics_every: int | None = None,
         inverse_every: int | str | None = None,
-        drift_tolerance: float = 0.1,
-        decay: float = 0.95,
+        drift_tolerance: float = 0.4,
+        decay: float | None = None,
         max_norm: float | None = 1.0,
         recipe: str | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
