@@ -21,7 +21,7 @@ GPU_HOME = {
     "precondition": "triton",
 }
 # Ops that run on the reference on a GPU until their kernel exists.
-GPU_KERNEL_MISSING = {"damped_inverse", "grad_gram", "jacobian_backprop"}
+GPU_KERNEL_MISSING = {"damped_inverse"}
 
 
 def stems(folder: str, pattern: str) -> set[str]:
