@@ -116,6 +116,7 @@ def _add_layers(gram, sides, biases, *, centered, add):
     """gram = sum of the layers' terms, plus gram if `add`. sides: g and h of each layer."""
     n, count = len(gram), len(sides)
     # The matrices as arguments: pointers, strides of rows and of columns, numbers of columns.
+    # Triton 3.6 for AMD cannot choose between a matrix below and one beyond 2 GiB.
     padded = [*sides, *sides[:1] * (2 * LAYERS - count)]
     table = (
         tuple(padded),

@@ -39,7 +39,9 @@ def batch(n, d, dtype, seed=0):
 
 def state(d, dtype, seed=1):
     x = batch(d + 3, d, torch.promote_types(dtype, torch.float32), seed)
-    return x.T @ x / len(x), x.mean(0)
+    cov = x.T @ x / len(x)
+    # BLAS need not make it symmetric to the bit, which a running covariance is.
+    return (cov + cov.T) / 2, x.mean(0)
 
 
 def statistics(h, centered):
