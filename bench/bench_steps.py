@@ -36,7 +36,7 @@ OPTIMIZERS = {
 
 
 def stepper(name: str, x: torch.Tensor):
-    model = autoencoder(WIDTHS, 0)
+    model = autoencoder(WIDTHS, 0).to(x.device)
     optimizer = OPTIMIZERS[name](model)
 
     def step():

@@ -23,9 +23,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from bench.environment import environment
 from bench.methods import METHODS
 from bench.problems import PROBLEMS, Problem, default_data
-from bench.report import environment, table, write
+from bench.report import table, write
 from bench.training import EVALUATIONS, Budget, Run, evaluate, search, train, trials_of
 from fused_so.likelihoods import Bernoulli
 

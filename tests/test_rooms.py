@@ -20,8 +20,6 @@ GPU_HOME = {
     "jacobian_backprop": "triton",
     "precondition": "triton",
 }
-# Ops that run on the reference on a GPU until their kernel exists.
-GPU_KERNEL_MISSING = {"grad_gram", "jacobian_backprop"}
 
 
 def stems(folder: str, pattern: str) -> set[str]:
@@ -53,7 +51,7 @@ def test_room_holds_every_op_and_no_other(folder, pattern):
 )
 def test_gpu_room_holds_its_ops(home, folder, pattern):
     at_home = {op for op, where in GPU_HOME.items() if where == home}
-    assert stems(folder, pattern) == at_home - GPU_KERNEL_MISSING
+    assert stems(folder, pattern) == at_home
 
 
 def test_every_triton_kernel_has_its_test():

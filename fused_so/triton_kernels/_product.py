@@ -17,6 +17,8 @@ from ._matrix import multiple_of
 ENOUGH_PROGRAMS = 128
 # Cutting a sum shorter than this costs more in partial products than it gains.
 MIN_DEPTH = 128
+# Entries of a result that one program adds up over the splits.
+ADD_BLOCK = 256
 # Rows of tiles that run side by side, so that their columns of B are still cached.
 GROUP = tl.constexpr(8)
 
@@ -86,7 +88,7 @@ def product_tile(tile, size_m, size_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.conste
 @triton.jit
 def corrected_product(
     a_ptr,  # (size_m, size_k)
-    stride_am,
+    row_offset,  # (BLOCK_M,), of the rows of A from a_ptr: int64
     stride_ak,
     b_ptr,  # (size_k, size_n)
     stride_bk,
@@ -101,6 +103,10 @@ def corrected_product(
     u,  # (BLOCK_M,), or None when A is not corrected
     v_ptr,  # (size_k,), or None for ones
     stride_v,
+    scale_ptrs,  # (BLOCK_M,), to the first factor of each row, or None when A is not scaled
+    stride_sk,
+    other_ptrs,  # (BLOCK_M,), to the first entry of what each row is multiplied by, or None
+    stride_ok,
     ACC: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -110,19 +116,21 @@ def corrected_product(
     WIDTH_BK: tl.constexpr,
     WIDTH_BN: tl.constexpr,
 ):
-    """acc[r, c] = sum_k (a[row_r, k] - u_r v[k]) b[k, col_c], (BLOCK_M, BLOCK_N).
+    """acc[r, c] = sum_k (a[row_r, k] - u_r v[k]) s[r, k] b[k, col_c], (BLOCK_M, BLOCK_N), and
+    dots[r] = sum_k (a[row_r, k] - u_r v[k]) s[r, k] other[r, k], (BLOCK_M,), or 0 without other.
 
-    The sum runs over the piece of k that is number `split`, `depth` long."""
+    The sum runs over the piece of k that is number `split`, `depth` long. The strides of the rows
+    of A, of the factors and of `other` are multiples of WIDTH_AK."""
     # An offset can pass 2^31, and so can a stride times the block.
     first = split.to(tl.int64) * depth
     size_k = tl.minimum(size_k - first, depth).to(tl.int32)
     size_am, stride_ak = multiple_of(size_m, WIDTH_AM), multiple_of(stride_ak, WIDTH_AM)
-    size_ak, stride_am = multiple_of(size_k, WIDTH_AK), multiple_of(stride_am, WIDTH_AK)
+    size_ak = multiple_of(size_k, WIDTH_AK)
     size_bk, stride_bn = multiple_of(size_k, WIDTH_BK), multiple_of(stride_bn, WIDTH_BK)
     size_bn, stride_bk = multiple_of(size_n, WIDTH_BN), multiple_of(stride_bk, WIDTH_BN)
     k = tl.arange(0, BLOCK_K)
     at = first + k
-    a_ptrs = a_ptr + row.to(tl.int64)[:, None] * stride_am + at[None, :] * stride_ak
+    a_ptrs = a_ptr + row_offset[:, None] + at[None, :] * stride_ak
     b_ptrs = b_ptr + at[:, None] * stride_bk + col.to(tl.int64)[None, :] * stride_bn
     a_step = tl.cast(stride_ak, tl.int64) * BLOCK_K
     b_step = tl.cast(stride_bk, tl.int64) * BLOCK_K
@@ -130,8 +138,11 @@ def corrected_product(
     b_mask = (col < size_bn)[None, :]
 
     acc = tl.zeros((row.shape[0], col.shape[0]), ACC)
+    # Summed over the columns at the end only: a sum across threads waits for all of them.
+    products = tl.zeros((row.shape[0], BLOCK_K), ACC)
     for start in range(0, size_k, BLOCK_K):
-        a = tl.load(a_ptrs, mask=a_mask & (k < size_ak - start)[None, :], other=0.0)
+        mask = a_mask & (k < size_ak - start)[None, :]
+        a = tl.load(a_ptrs, mask=mask, other=0.0)
         b = tl.load(b_ptrs, mask=b_mask & (k < size_bk - start)[:, None], other=0.0)
         if u is not None:
             # Past the end a becomes -u v instead of 0, but there b is 0.
@@ -142,10 +153,20 @@ def corrected_product(
                 v_ptrs = v_ptr + (at + start) * stride_v
                 v = tl.load(v_ptrs, mask=k < size_k - start, other=0.0).to(ACC)
                 a -= u[:, None] * v[None, :]
+        if scale_ptrs is not None:
+            s_ptrs = scale_ptrs[:, None] + (at + start)[None, :] * stride_sk
+            a = a.to(ACC) * tl.load(s_ptrs, mask=mask, other=0.0).to(ACC)
+            if b.dtype == tl.float16:
+                # Two float16 numbers can have a product far below float16's range.
+                b = b.to(ACC)
+        if other_ptrs is not None:
+            o_ptrs = other_ptrs[:, None] + (at + start)[None, :] * stride_ok
+            other = tl.load(o_ptrs, mask=mask, other=0.0).to(ACC)
+            products += a.to(ACC) * other
         acc = _add_product(acc, a, b, PRECISION, ROUNDED)
         a_ptrs += a_step
         b_ptrs += b_step
-    return acc
+    return acc, tl.sum(products, axis=1)
 
 
 @triton.jit
@@ -168,8 +189,31 @@ def _add_product(acc, a, b, PRECISION: tl.constexpr, ROUNDED: tl.constexpr):
     return acc
 
 
+def rounded(dtype: torch.dtype) -> bool:
+    """Whether bfloat16 is all that PyTorch's setting asks of what is computed from bfloat16."""
+    return dtype == torch.bfloat16 and torch.get_float32_matmul_precision() == "medium"
+
+
 @triton.jit
 def store_tile(out_ptr, stride_m, stride_n, size_m, size_n, row, col, value):
     """out[row, col] = value for the rows and columns that there are."""
     ptrs = out_ptr + row.to(tl.int64)[:, None] * stride_m + col.to(tl.int64)[None, :] * stride_n
     tl.store(ptrs, value, mask=(row < size_m)[:, None] & (col < size_n)[None, :])
+
+
+@triton.jit
+def add_partials(
+    partials_ptr,  # (splits, size)
+    splits,
+    size,
+    sum_ptr,  # (size,)
+    BLOCK: tl.constexpr,
+):
+    """Always in the same order. (splits + 1) size entries."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    ptrs = partials_ptr + at
+    total = tl.load(ptrs, mask=at < size, other=0.0)
+    for _ in range(1, splits):
+        ptrs += size
+        total += tl.load(ptrs, mask=at < size, other=0.0)
+    tl.store(sum_ptr + at, total, mask=at < size)

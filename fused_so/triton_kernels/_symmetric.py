@@ -4,10 +4,21 @@ The covariance sums over rows, the Gram matrix over columns: the same product wi
 exchanged. Everything here works on one square tile; what happens to it afterwards is the caller's.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 from ._matrix import multiple_of
+
+
+class Config(NamedTuple):
+    """Tile of the product: BLOCK_M x BLOCK_M of the result, BLOCK_K terms of the sum at a time."""
+
+    block_m: int
+    block_k: int
+    num_warps: int
+    num_stages: int
 
 
 def triangle_grid(size: int, block: int) -> tuple[int]:
@@ -27,8 +38,11 @@ def triangle_tile(tile):
 
 
 @triton.jit
-def _load_shifted(ptrs, mask, shift, ACC: tl.constexpr, SHIFTED: tl.constexpr):
+def _load_shifted(ptrs, mask, shift, shift_k, ACC: tl.constexpr, SHIFTED: tl.constexpr):
     x = tl.load(ptrs, mask=mask, other=0.0)  # (BLOCK_K, BLOCK_M)
+    if shift_k is not None:
+        # Past the end of the sum both are 0.
+        x = x.to(ACC) - shift_k[:, None]
     if SHIFTED:
         # The subtraction is float32 even for half inputs. Its result is then rounded to the
         # input's type: the same relative error the inputs carry already, independent from entry
@@ -51,8 +65,9 @@ def symmetric_product(
     size_m,
     row,
     col,
-    shift_row,
+    shift_row,  # (BLOCK_M,), or None unless SHIFTED
     shift_col,
+    shift_k_ptr,  # (size_k,), or None
     ACC: tl.constexpr,
     SHIFTED: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -60,7 +75,9 @@ def symmetric_product(
     WIDTH_K: tl.constexpr,
     WIDTH_M: tl.constexpr,
 ):
-    """acc[r, c] = sum_k (x[k, row_r] - shift_r) (x[k, col_c] - shift_c), (BLOCK_M, BLOCK_M)."""
+    """acc[r, c] = sum_k (x[k, row_r] - shift_r) (x[k, col_c] - shift_c), (BLOCK_M, BLOCK_M).
+
+    With shift_k, x[k, :] - shift_k takes the place of x[k, :], and halves become float32."""
     size_k, stride_m = multiple_of(size_k, WIDTH_K), multiple_of(stride_m, WIDTH_K)
     size_m, stride_k = multiple_of(size_m, WIDTH_M), multiple_of(stride_k, WIDTH_M)
     k = tl.arange(0, BLOCK_K)
@@ -75,8 +92,11 @@ def symmetric_product(
     acc = tl.zeros((row.shape[0], col.shape[0]), ACC)
     for start in range(0, size_k, BLOCK_K):
         k_mask = (k < size_k - start)[:, None]
-        x_row = _load_shifted(row_ptrs, k_mask & row_mask, shift_row, ACC, SHIFTED)
-        x_col = _load_shifted(col_ptrs, k_mask & col_mask, shift_col, ACC, SHIFTED)
+        shift_k = None
+        if shift_k_ptr is not None:
+            shift_k = tl.load(shift_k_ptr + start + k, mask=k < size_k - start, other=0.0)
+        x_row = _load_shifted(row_ptrs, k_mask & row_mask, shift_row, shift_k, ACC, SHIFTED)
+        x_col = _load_shifted(col_ptrs, k_mask & col_mask, shift_col, shift_k, ACC, SHIFTED)
         acc = tl.dot(tl.trans(x_row), x_col, acc, input_precision=PRECISION, out_dtype=ACC)
         row_ptrs += step
         col_ptrs += step
@@ -86,14 +106,14 @@ def symmetric_product(
 
 
 @triton.jit
-def tile_pointers(out_ptr, i, j, size, BLOCK_M: tl.constexpr):
-    """Pointers to tile (i, j) of a contiguous (size, size) matrix and, entry by entry, to its
-    mirror in tile (j, i)."""
-    r = tl.arange(0, BLOCK_M)
+def tile_pointers(out_ptr, row, col, size, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Pointers to the ROWS x COLS tile of a contiguous (size, size) matrix that begins at (row,
+    col) and, entry by entry, to its mirror, which begins at (col, row)."""
+    r, c = tl.arange(0, ROWS)[:, None], tl.arange(0, COLS)[None, :]
     # Only the tile's corner needs 64 bits: within a tile 32 do, at half the registers.
-    corner = out_ptr + (i * BLOCK_M).to(tl.int64) * size + j * BLOCK_M
-    mirror = out_ptr + (j * BLOCK_M).to(tl.int64) * size + i * BLOCK_M
-    return corner + (r[:, None] * size + r[None, :]), mirror + (r[None, :] * size + r[:, None])
+    corner = out_ptr + row.to(tl.int64) * size + col
+    mirror = out_ptr + col.to(tl.int64) * size + row
+    return corner + (r * size + c), mirror + (c * size + r)
 
 
 @triton.jit

@@ -21,10 +21,15 @@ from ._matrix import (
     row_splits,
     sum_of_splits,
 )
-from ._product import corrected_product, plan, product_tile, store_tile
-
-# Entries of the weight gradient that one program adds up over the splits.
-ADD_BLOCK = 256
+from ._product import (
+    ADD_BLOCK,
+    add_partials,
+    corrected_product,
+    plan,
+    product_tile,
+    rounded,
+    store_tile,
+)
 
 
 def centered_grad(
@@ -56,21 +61,16 @@ def centered_grad(
             h, *h.stride(), g, *g.stride(), n, width, out, depth,
             h_sums, g_sums, sum_splits, partials, grad_bias, mean,
             BLOCK_S=MAX_SPLITS, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k, PRECISION=dot_precision(g.dtype), ROUNDED=_rounded(g.dtype),
+            BLOCK_K=config.block_k, PRECISION=dot_precision(g.dtype), ROUNDED=rounded(g.dtype),
             WIDTH_HN=h_width_n, WIDTH_HI=h_width_i, WIDTH_GN=g_width_n, WIDTH_GO=g_width_o,
             WIDTH_OUT=load_widths(grad_weight)[1],
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         if splits > 1:
-            _add_partials[(triton.cdiv(grad_weight.numel(), ADD_BLOCK),)](
+            add_partials[(triton.cdiv(grad_weight.numel(), ADD_BLOCK),)](
                 partials, splits, grad_weight.numel(), grad_weight, BLOCK=ADD_BLOCK
             )
     return grad_weight, grad_bias, mean
-
-
-def _rounded(dtype: torch.dtype) -> bool:
-    """Whether bfloat16 is all that PyTorch's setting asks of a deviation from the mean."""
-    return dtype == torch.bfloat16 and torch.get_float32_matmul_precision() == "medium"
 
 
 @triton.jit
@@ -177,9 +177,11 @@ def _centered_product(
     rest = (mean - shift).to(ACC)
 
     # dW^T = (H - 1 s^T)^T G
-    value = corrected_product(
-        h_ptr, stride_hi, stride_hn, g_ptr, stride_gn, stride_go, width, out, n, split, depth,
-        row, col, shift, None, 0, ACC, BLOCK_K=BLOCK_K, PRECISION=PRECISION, ROUNDED=ROUNDED,
+    row_offset = row.to(tl.int64) * multiple_of(stride_hi, WIDTH_HN)
+    value, _ = corrected_product(
+        h_ptr, row_offset, stride_hn, g_ptr, stride_gn, stride_go, width, out, n, split, depth,
+        row, col, shift, None, 0, None, 0, None, 0, ACC,
+        BLOCK_K=BLOCK_K, PRECISION=PRECISION, ROUNDED=ROUNDED,
         WIDTH_AM=WIDTH_HI, WIDTH_AK=WIDTH_HN, WIDTH_BK=WIDTH_GN, WIDTH_BN=WIDTH_GO,
     )  # fmt: skip
     bias = sum_of_splits(g_sums_ptr, out, sum_splits, col, out, BLOCK_S).to(ACC)
@@ -192,21 +194,3 @@ def _centered_product(
     out_ptr = partials_ptr + split.to(tl.int64) * out * width
     stride_out = multiple_of(width, WIDTH_OUT)
     store_tile(out_ptr, 1, stride_out, stride_out, out, row, col, value)
-
-
-@triton.jit
-def _add_partials(
-    partials_ptr,  # (splits, size)
-    splits,
-    size,
-    sum_ptr,  # (size,)
-    BLOCK: tl.constexpr,
-):
-    """Always in the same order. (splits + 1) size entries."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    ptrs = partials_ptr + at
-    total = tl.load(ptrs, mask=at < size, other=0.0)
-    for _ in range(1, splits):
-        ptrs += size
-        total += tl.load(ptrs, mask=at < size, other=0.0)
-    tl.store(sum_ptr + at, total, mask=at < size)

@@ -5,8 +5,6 @@ symmetric product. The second reads what the first decided from device memory, s
 waits, and no centered copy of h is ever written.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -23,21 +21,13 @@ from ._matrix import (
     sum_of_splits,
 )
 from ._symmetric import (
+    Config,
     lower_mask,
     symmetric_product,
     tile_pointers,
     triangle_grid,
     triangle_tile,
 )
-
-
-class Config(NamedTuple):
-    """Tile of the product: BLOCK_M x BLOCK_M of the result, BLOCK_K rows of h at a time."""
-
-    block_m: int
-    block_k: int
-    num_warps: int
-    num_stages: int
 
 
 def heuristic_config(d: int, dtype: torch.dtype) -> Config:
@@ -226,7 +216,7 @@ def _update_product(
 
     # C_b = (1/n) sum (h - m_b)(h - m_b)^T
     value = symmetric_product(
-        h_ptr, stride_n, stride_d, n, d, row, col, batch_row, batch_col,
+        h_ptr, stride_n, stride_d, n, d, row, col, batch_row, batch_col, None,
         ACC, SHIFTED=CENTERED, BLOCK_K=BLOCK_K, PRECISION=PRECISION,
         WIDTH_K=WIDTH_N, WIDTH_M=WIDTH_D,
     ) * (1.0 / tl.full((), n, ACC))  # fmt: skip
@@ -236,7 +226,7 @@ def _update_product(
     if CENTERED:
         value += keep * (old_row - batch_row)[:, None] * (old_col - batch_col)[None, :]
     lower = lower_mask(row, col, d)  # (BLOCK_M, BLOCK_M)
-    cov_ptrs, mirror_ptrs = tile_pointers(cov_ptr, i, j, d, BLOCK_M)
+    cov_ptrs, mirror_ptrs = tile_pointers(cov_ptr, i * BLOCK_M, j * BLOCK_M, d, BLOCK_M, BLOCK_M)
     value = blend * value + keep * tl.load(cov_ptrs, mask=lower & (decay != 0.0), other=0.0)
     tl.store(cov_ptrs, value, mask=lower)
     tl.store(mirror_ptrs, value, mask=lower)

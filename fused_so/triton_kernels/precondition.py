@@ -122,9 +122,11 @@ def _product(
     u = None
     if u_ptr is not None:
         u = tl.load(u_ptr + row.to(tl.int64) * stride_u, mask=row < m, other=0.0).to(ACC)
-    value = corrected_product(
-        a_ptr, stride_am, stride_ak, b_ptr, stride_bk, stride_bn, m, n, k, split, depth,
-        row, col, u, v_ptr, stride_v, ACC, BLOCK_K=BLOCK_K, PRECISION=PRECISION, ROUNDED=False,
+    row_offset = row.to(tl.int64) * multiple_of(stride_am, WIDTH_AK)
+    value, _ = corrected_product(
+        a_ptr, row_offset, stride_ak, b_ptr, stride_bk, stride_bn, m, n, k, split, depth,
+        row, col, u, v_ptr, stride_v, None, 0, None, 0, ACC,
+        BLOCK_K=BLOCK_K, PRECISION=PRECISION, ROUNDED=False,
         WIDTH_AM=WIDTH_AM, WIDTH_AK=WIDTH_AK, WIDTH_BK=WIDTH_BK, WIDTH_BN=WIDTH_BN,
     )  # fmt: skip
     m, stride_rn = multiple_of(m, WIDTH_RM), multiple_of(stride_rn, WIDTH_RM)

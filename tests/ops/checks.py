@@ -57,3 +57,102 @@ def precondition(
         return dw, db
 
     budget.assert_within_budget(got, oracle, [grad_weight, grad_bias, mean, a, go], _feature_orders)
+
+
+def layers(n, sizes, dtype, layout="contiguous", offset=0.0):
+    """Each layer's g and h, of n rows; sizes: its (out, in)."""
+    layout = layout if n else "contiguous"
+    sides = []
+    for side in (0, 1):
+        sides.append(
+            [
+                budget.random_matrix(n, size[side], dtype, seed=2 * i + side, layout=layout)
+                for i, size in enumerate(sizes)
+            ]
+        )
+        for x in sides[-1]:
+            if offset:
+                x += offset
+    return sides
+
+
+def _column_orders(arguments):
+    """The matrices with their columns, over which the products sum, in seven other orders.
+
+    Few rows make few entries, whose largest error in one order is a matter of luck.
+    """
+    for seed in range(7):
+        generator = torch.Generator().manual_seed(seed)
+        yield [x[:, torch.randperm(x.shape[1], generator=generator)] for x in arguments]
+
+
+def grad_gram(run, n, sizes, dtype, layout="contiguous", offset=0.0, centered=False, biases=None):
+    gs, hs = layers(n, sizes, dtype, layout, offset)
+    got = run(gs, hs, centered=centered, biases=biases)
+    assert torch.equal(got, got.T)
+
+    def oracle(*tensors):
+        gs, hs = tensors[: len(sizes)], tensors[len(sizes) :]
+        return [reference.grad_gram(gs, hs, centered=centered, biases=biases)]
+
+    budget.assert_within_budget([got], oracle, [*gs, *hs], _column_orders)
+
+
+JACOBIAN_LAYOUTS = [*budget.LAYOUTS, "permuted"]
+
+
+def _random_jacobian(n, o, out, dtype, layout="contiguous"):
+    """(n, o, out) with rows of random_matrix, in memory as `layout` says; poison in between."""
+    jac = budget.random_matrix(n * o, out, dtype, seed=1).reshape(n, o, out)
+    if layout == "transposed":
+        return jac.mT.contiguous().mT
+    if layout == "permuted":
+        return jac.transpose(0, 1).contiguous().transpose(0, 1)
+    if layout == "strided":
+        room = torch.full((2 * n, 2 * o, 3 * out), torch.nan, dtype=dtype)
+        room[::2, ::2, ::3] = jac
+        return room[::2, ::2, ::3]
+    if layout == "expanded":
+        return jac[:1].expand(n, o, out)
+    return jac
+
+
+def jacobian_oracle(jac, weight, dphi, direction, outputs=None):
+    jac_in, pullback = reference.jacobian_backprop(jac, weight, dphi=dphi, direction=direction)
+    if outputs is not None:
+        jac_in = jac_in[:, outputs.long().argsort()]
+    return [jac_in] if pullback is None else [jac_in, pullback]
+
+
+def _output_orders(arguments):
+    """Layer and network outputs, which are summed over, in other orders; the oracle undoes it."""
+    jac, weight, dphi, direction = arguments
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        outputs, features = (torch.randperm(size, generator=generator) for size in jac.shape[1:])
+        yield (
+            jac[:, outputs][:, :, features],
+            weight[features],
+            None if dphi is None else dphi[:, features],
+            None if direction is None else direction[:, features],
+            outputs,
+        )
+
+
+def jacobian_arguments(n, o, out, width, dtype, layout="contiguous", given="both"):
+    rest = layout if layout in budget.LAYOUTS else "contiguous"
+    weight = budget.random_matrix(out, width, dtype, seed=2, layout=rest)
+    dphi = budget.random_matrix(n, out, dtype, seed=3, layout=rest)
+    direction = budget.random_matrix(n, out, dtype, seed=4, layout=rest)
+    return [
+        _random_jacobian(n, o, out, dtype, layout),
+        weight,
+        dphi if given in ("dphi", "both") else None,
+        direction if given in ("direction", "both") else None,
+    ]
+
+
+def jacobian_backprop(run, *args, **kwargs):
+    """run takes the list of arguments, None where not given, and returns a list of results."""
+    arguments = jacobian_arguments(*args, **kwargs)
+    budget.assert_within_budget(run(arguments), jacobian_oracle, arguments, _output_orders)

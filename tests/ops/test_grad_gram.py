@@ -6,29 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fused_so import ops, reference
-from tests.ops import budget
+from tests.ops import budget, checks
 
 # (out, in) of layers of mixed sizes.
 MIXED = [(3, 5), (1, 40), (33, 1), (70, 65)]
 # Around the tiles of every instruction set (4 to 32 rows).
 ROWS = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 97]
-
-
-def batch(n, sizes, dtype, layout="contiguous", offset=0.0):
-    """Each layer's g and h."""
-    layout = layout if n else "contiguous"
-    sides = []
-    for side in (0, 1):
-        sides.append(
-            [
-                budget.random_matrix(n, size[side], dtype, seed=2 * i + side, layout=layout)
-                for i, size in enumerate(sizes)
-            ]
-        )
-        for x in sides[-1]:
-            if offset:
-                x += offset
-    return sides
 
 
 def per_example_gradients(gs, hs, biases=None):
@@ -45,26 +28,8 @@ def per_example_gradients(gs, hs, biases=None):
     return torch.stack(rows)
 
 
-def check(n, sizes, dtype, layout="contiguous", offset=0.0, centered=False, biases=None):
-    gs, hs = batch(n, sizes, dtype, layout, offset)
-    got = ops.grad_gram(gs, hs, centered=centered, biases=biases)
-    assert torch.equal(got, got.T)
-
-    def oracle(*tensors):
-        gs, hs = tensors[: len(sizes)], tensors[len(sizes) :]
-        return [reference.grad_gram(gs, hs, centered=centered, biases=biases)]
-
-    budget.assert_within_budget([got], oracle, [*gs, *hs], feature_orders)
-
-
-def feature_orders(arguments):
-    """The matrices with their columns, over which the products sum, in seven other orders.
-
-    Few rows make few entries, whose largest error in one order is a matter of luck.
-    """
-    for seed in range(7):
-        generator = torch.Generator().manual_seed(seed)
-        yield [x[:, torch.randperm(x.shape[1], generator=generator)] for x in arguments]
+def check(*args, **kwargs):
+    checks.grad_gram(ops.grad_gram, *args, **kwargs)
 
 
 @budget.needs_kernel
@@ -76,7 +41,7 @@ def test_the_compiled_kernel_is_what_runs():
 @pytest.mark.parametrize("biases", [None, [True, False, False, True], (False,) * 4])
 @pytest.mark.parametrize("offset", [0.0, 100.0])
 def test_equals_the_products_of_gradients_that_autograd_makes(run, biases, offset):
-    gs, hs = batch(37, MIXED, torch.float64, offset=offset)
+    gs, hs = checks.layers(37, MIXED, torch.float64, offset=offset)
     gradients = per_example_gradients(gs, hs, biases)
     expected = gradients @ gradients.T
     torch.testing.assert_close(run(gs, hs, biases=biases), expected, rtol=1e-13, atol=1e-13)
@@ -126,7 +91,7 @@ def test_budget_of_centering_a_mean_far_beyond_the_deviations(biases, dtype):
 
 
 def test_centering_loses_no_digits_to_common_gradients():
-    gs, hs = batch(50, MIXED, torch.float32, offset=1000.0)
+    gs, hs = checks.layers(50, MIXED, torch.float32, offset=1000.0)
     gradients = per_example_gradients([g.double() for g in gs], [h.double() for h in hs])
     gradients -= gradients.mean(0)
     expected = gradients @ gradients.T
@@ -155,7 +120,7 @@ def test_no_rows(centered):
 
 
 def test_one_centered_row_is_zero():
-    gs, hs = batch(1, MIXED, torch.float32)
+    gs, hs = checks.layers(1, MIXED, torch.float32)
     assert torch.equal(ops.grad_gram(gs, hs, centered=True), torch.zeros(1, 1))
 
 
@@ -168,7 +133,7 @@ def test_a_layer_without_inputs_has_its_bias():
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("side", [0, 1])
 def test_an_entry_that_is_not_finite_spoils_its_example_and_no_other(value, side):
-    sides = batch(70, MIXED, torch.float32)
+    sides = checks.layers(70, MIXED, torch.float32)
     clean = ops.grad_gram(*sides)
     sides[side][1][40, 0] = value
     gram = ops.grad_gram(*sides)
@@ -188,7 +153,7 @@ def test_float16_does_not_overflow_where_float32_does_not():
 @pytest.mark.parametrize("n", [20, 129, 300, 600])
 @pytest.mark.parametrize("centered", [False, True])
 def test_threads_do_not_change_a_bit(n, centered):
-    gs, hs = batch(n, [(64, 300), (700, 40)], torch.float32)
+    gs, hs = checks.layers(n, [(64, 300), (700, 40)], torch.float32)
     budget.assert_threads_do_not_change_a_bit(lambda: [ops.grad_gram(gs, hs, centered=centered)])
 
 
@@ -196,7 +161,7 @@ def test_the_exact_natural_gradient_from_the_gram_matrix():
     # (lambda I + U U^T)^-1 mean(g) = sum_i c_i g_i with U = [g_1 .. g_n]/sqrt(n) and
     # c = (lambda I + K/n)^-1 1/n.
     n, damping = 37, 0.3
-    gs, hs = batch(n, MIXED, torch.float64)
+    gs, hs = checks.layers(n, MIXED, torch.float64)
     gradients = per_example_gradients(gs, hs)
     fisher = gradients.T @ gradients / n
     damped = fisher + damping * torch.eye(len(fisher), dtype=torch.float64)
@@ -215,13 +180,13 @@ def test_the_exact_natural_gradient_from_the_gram_matrix():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("centered", [False, True])
 def test_opcheck(dtype, centered):
-    gs, hs = batch(7, MIXED[:2], dtype)
+    gs, hs = checks.layers(7, MIXED[:2], dtype)
     options = {"centered": centered, "biases": [True, False]}
     torch.library.opcheck(torch.ops.fused_so.grad_gram.default, (gs, hs), options)
 
 
 def test_compile_fullgraph():
-    gs, hs = batch(7, MIXED, torch.float32)
+    gs, hs = checks.layers(7, MIXED, torch.float32)
     compiled = torch.compile(lambda gs, hs: ops.grad_gram(gs, hs, centered=True), fullgraph=True)
     assert torch.equal(compiled(gs, hs), ops.grad_gram(gs, hs, centered=True))
 

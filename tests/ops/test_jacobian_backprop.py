@@ -5,61 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fused_so import ops, reference
-from tests.ops import budget
-
-LAYOUTS = [*budget.LAYOUTS, "permuted"]
-
-
-def random_jacobian(n, o, out, dtype, layout="contiguous"):
-    """(n, o, out) with rows of random_matrix, in memory as `layout` says; poison in between."""
-    jac = budget.random_matrix(n * o, out, dtype, seed=1).reshape(n, o, out)
-    if layout == "transposed":
-        return jac.mT.contiguous().mT
-    if layout == "permuted":
-        return jac.transpose(0, 1).contiguous().transpose(0, 1)
-    if layout == "strided":
-        room = torch.full((2 * n, 2 * o, 3 * out), torch.nan, dtype=dtype)
-        room[::2, ::2, ::3] = jac
-        return room[::2, ::2, ::3]
-    if layout == "expanded":
-        return jac[:1].expand(n, o, out)
-    return jac
-
-
-def oracle(jac, weight, dphi, direction, outputs=None):
-    jac_in, pullback = reference.jacobian_backprop(jac, weight, dphi=dphi, direction=direction)
-    if outputs is not None:
-        jac_in = jac_in[:, outputs.long().argsort()]
-    return [jac_in] if pullback is None else [jac_in, pullback]
-
-
-def orders(arguments):
-    """Layer and network outputs, which are summed over, in other orders; the oracle undoes it."""
-    jac, weight, dphi, direction = arguments
-    for seed in range(3):
-        generator = torch.Generator().manual_seed(seed)
-        outputs, features = (torch.randperm(size, generator=generator) for size in jac.shape[1:])
-        yield (
-            jac[:, outputs][:, :, features],
-            weight[features],
-            None if dphi is None else dphi[:, features],
-            None if direction is None else direction[:, features],
-            outputs,
-        )
-
-
-def arguments_of(n, o, out, width, dtype, layout="contiguous", given="both"):
-    rest = layout if layout in budget.LAYOUTS else "contiguous"
-    weight = budget.random_matrix(out, width, dtype, seed=2, layout=rest)
-    dphi = budget.random_matrix(n, out, dtype, seed=3, layout=rest)
-    direction = budget.random_matrix(n, out, dtype, seed=4, layout=rest)
-    return [
-        random_jacobian(n, o, out, dtype, layout),
-        weight,
-        dphi if given in ("dphi", "both") else None,
-        direction if given in ("direction", "both") else None,
-    ]
+from fused_so import ops
+from tests.ops import budget, checks
 
 
 def run(arguments):
@@ -70,12 +17,11 @@ def run(arguments):
 
 
 def check(*args, **kwargs):
-    arguments = arguments_of(*args, **kwargs)
-    budget.assert_within_budget(run(arguments), oracle, arguments, orders)
+    checks.jacobian_backprop(run, *args, **kwargs)
 
 
 @pytest.mark.parametrize("dtype", budget.DTYPES)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", checks.JACOBIAN_LAYOUTS)
 @pytest.mark.parametrize("given", ["neither", "dphi", "direction", "both"])
 @pytest.mark.parametrize(
     ("n", "o", "out", "width"), [(1, 1, 1, 1), (3, 2, 5, 4), (20, 3, 65, 33), (9, 30, 40, 70)]
@@ -125,7 +71,7 @@ def test_budget_beyond_the_rows_kept_at_a_time():
     out=st.integers(1, 120),
     width=st.integers(1, 120),
     dtype=st.sampled_from(budget.DTYPES),
-    layout=st.sampled_from(LAYOUTS),
+    layout=st.sampled_from(checks.JACOBIAN_LAYOUTS),
     given=st.sampled_from(["neither", "dphi", "direction", "both"]),
 )
 def test_budget_of_random_shapes(n, o, out, width, dtype, layout, given):
@@ -167,7 +113,7 @@ def test_an_expanded_identity_gives_the_weight():
 
 def test_examples_do_not_mix():
     # An example that is not finite spoils its own rows only.
-    arguments = arguments_of(50, 5, 20, 30, torch.float32)
+    arguments = checks.jacobian_arguments(50, 5, 20, 30, torch.float32)
     clean = run(arguments)
     arguments[0][17, 3, 4] = torch.nan
     spoiled = run(arguments)
@@ -182,7 +128,7 @@ def test_examples_do_not_mix():
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_empty_sides_sum_to_zero(n, o, out, width, dtype):
-    jac_in, pullback = run(arguments_of(n, o, out, width, dtype))
+    jac_in, pullback = run(checks.jacobian_arguments(n, o, out, width, dtype))
     results = budget.accumulate(dtype)
     assert torch.equal(jac_in, torch.zeros(n, o, width, dtype=results))
     assert torch.equal(pullback, torch.zeros(n, width, dtype=results))
@@ -192,13 +138,13 @@ def test_empty_sides_sum_to_zero(n, o, out, width, dtype):
     ("n", "o", "out", "width"), [(100, 7, 200, 150), (2, 900, 60, 90), (3, 4, 600, 2000)]
 )
 def test_threads_do_not_change_a_bit(n, o, out, width):
-    arguments = arguments_of(n, o, out, width, torch.float32)
+    arguments = checks.jacobian_arguments(n, o, out, width, torch.float32)
     budget.assert_threads_do_not_change_a_bit(lambda: run(arguments))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(dtype):
-    jac, weight, dphi, direction = arguments_of(4, 3, 6, 5, dtype)
+    jac, weight, dphi, direction = checks.jacobian_arguments(4, 3, 6, 5, dtype)
     op = torch.ops.fused_so.jacobian_backprop.default
     torch.library.opcheck(op, (jac, weight), {"dphi": dphi, "direction": direction})
     torch.library.opcheck(op, (jac, weight))
@@ -206,7 +152,7 @@ def test_opcheck(dtype):
 
 @pytest.mark.parametrize("given", ["neither", "both"])
 def test_compile_fullgraph(given):
-    arguments = arguments_of(4, 3, 6, 5, torch.float32, given=given)
+    arguments = checks.jacobian_arguments(4, 3, 6, 5, torch.float32, given=given)
     got = torch.compile(run, fullgraph=True)(arguments)
     assert all(torch.equal(a, b) for a, b in zip(got, run(arguments), strict=True))
 

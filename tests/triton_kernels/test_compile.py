@@ -4,6 +4,8 @@ The launchers run on meta tensors under a driver that only names a target, so th
 the configuration and the precision are the shipped ones and cannot drift from the test.
 """
 
+import importlib
+import itertools
 import json
 import os
 import re
@@ -24,15 +26,29 @@ PRODUCTS = {
         torch.float64,
     ),
     "precondition._product": (torch.float32, torch.float64),
+    "jacobian_backprop._product": (
+        torch.float16,
+        torch.bfloat16,
+        torch.float32,
+        torch.float64,
+    ),
 }
 KERNELS = {
     *PRODUCTS,
+    "covariance._update_product",
+    "grad_gram._layers",
+    "grad_gram._pieces",
     "covariance._sum_columns",
     "covariance._add_splits",
-    "covariance._update_product",
     "centered_grad._sum_columns",
-    "centered_grad._add_partials",
+    "_product.add_partials",
     "precondition._finish_rows",
+    "grad_gram._column_means",
+    "grad_gram._along_means",
+    "grad_gram._add_pieces",
+    "grad_gram._gram_means",
+    "grad_gram._subtract_means",
+    "jacobian_backprop._pull_back",
 }
 # What a launch configures.
 CONFIG = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
@@ -49,6 +65,8 @@ def cases():
     yield from covariance_cases()
     yield from centered_grad_cases()
     yield from precondition_cases()
+    yield from grad_gram_cases()
+    yield from jacobian_backprop_cases()
 
 
 def covariance_cases():
@@ -131,7 +149,88 @@ def precondition_cases():
     yield "precondition int64 stride", lambda: step(far_apart(600, 1000), True, False)
 
 
-def compile_all(target):
+def grad_gram_cases():
+    from fused_so.triton_kernels.grad_gram import grad_gram
+
+    autoencoder = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
+
+    def gram(n, widths, dtype, centered=False):
+        gs, hs = ([meta(n, d, dtype=dtype) for d in side] for side in (widths[1:], widths[:-1]))
+        grad_gram(gs, hs, centered=centered, biases=[True] * len(gs))
+
+    # One launch of large tiles and of small ones, pieces of large tiles and of small ones.
+    for n, widths in (
+        (1024, (1000, 1000)),
+        (50, (64, 64)),
+        (512, autoencoder),
+        (64, autoencoder),
+    ):
+        for dtype in (torch.bfloat16, torch.float32, torch.float64):
+            arguments = n, widths, dtype
+            yield f"grad_gram {arguments}", lambda arguments=arguments: gram(*arguments)
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        for arguments in ((1024, (1000, 1000), dtype, True), (512, (500, 250, 30), dtype, True)):
+            yield f"grad_gram {arguments}", lambda arguments=arguments: gram(*arguments)
+    # More layers than one launch takes: the second one adds to the first.
+    yield "grad_gram nine layers", lambda: gram(1024, (1000,) * 10, torch.float16)
+    yield "grad_gram nine wide layers", lambda: gram(200, (1000,) * 10, torch.float16)
+    yield "grad_gram one by one", lambda: gram(1, (1, 1), torch.float32, True)
+
+    def views():
+        far = far_apart(600, 1000)
+        grad_gram([far, far], [far, far], centered=False, biases=[True, False])
+        transposed = meta(1000, 600).T
+        grad_gram([transposed], [meta(600, 1000)], centered=False, biases=[True])
+
+    yield "grad_gram transposed and int64 stride", views
+
+
+def jacobian_backprop_cases():
+    from fused_so.triton_kernels.jacobian_backprop import jacobian_backprop
+
+    def propagate(n, o, out, width, dtype, scaled=True, pulled=True):
+        row, weight = meta(n, out, dtype=dtype), meta(out, width, dtype=dtype)
+        dphi, direction = row if scaled else None, row if pulled else None
+        jac = meta(n, o, out, dtype=dtype)
+        jacobian_backprop(jac, weight, dphi=dphi, direction=direction)
+
+    # Each size has its own tile; the second one also has its sums cut.
+    for size in ((256, 10, 1000, 2000), (64, 4, 1000, 500), (8, 4, 64, 30)):
+        for dtype in (torch.bfloat16, torch.float32, torch.float64):
+            arguments = *size, dtype
+            name = f"jacobian_backprop {arguments}"
+            yield name, lambda arguments=arguments: propagate(*arguments)
+        arguments = *size, torch.float16
+        for options in ((True, True), (False, True)):
+            name = f"jacobian_backprop {arguments} {options}"
+            yield name, lambda a=arguments, options=options: propagate(*a, *options)
+    for options in ((True, False), (False, False)):
+        name = f"jacobian_backprop alone {options}"
+        yield name, lambda options=options: propagate(64, 4, 1000, 500, torch.float32, *options)
+    yield "jacobian_backprop one by one", lambda: propagate(1, 1, 1, 1, torch.float32)
+
+    row, far = meta(64, 1000), far_apart(64, 1000)
+    permuted, weight = meta(10, 64, 1000).transpose(0, 1), meta(500, 1000).T
+    yield (
+        "jacobian_backprop permuted and transposed",
+        lambda: jacobian_backprop(permuted, weight, dphi=row, direction=row),
+    )
+    expanded = far_apart(4, 1000).expand(64, 4, 1000)
+    yield (
+        "jacobian_backprop int64 stride",
+        lambda: jacobian_backprop(expanded, meta(1000, 500), dphi=far, direction=far),
+    )
+
+    def at_medium():
+        torch.set_float32_matmul_precision("medium")
+        propagate(256, 10, 1000, 2000, torch.bfloat16)
+        propagate(256, 10, 1000, 2000, torch.float32)
+        torch.set_float32_matmul_precision("highest")
+
+    yield "jacobian_backprop medium", at_medium
+
+
+def compile_all(target, prefix=""):
     """In a process of its own: prints [[case, kernel, configuration, {resource: number}], ...]
     as JSON."""
     import triton
@@ -166,6 +265,8 @@ def compile_all(target):
     JITFunction.run = compile_only
     result = []
     for case, call in cases():
+        if not case.startswith(prefix):
+            continue
         compiled.clear()
         call()
         result += [[case, name, config, resources(kernel)] for name, config, kernel in compiled]
@@ -212,20 +313,30 @@ def compilers():
 
 @pytest.mark.parametrize("target", SHARED_MEMORY)
 def test_compiles_without_spills(target, compilers):
-    from fused_so.triton_kernels._product import CONFIGS
+    from fused_so.triton_kernels import _product
+
+    grad_gram = importlib.import_module("fused_so.triton_kernels.grad_gram")
 
     out, errors = compilers[target].communicate()
     assert compilers[target].returncode == 0, errors[-3000:]
     kernels = json.loads(out.splitlines()[-1])
     # The capture itself works: no kernel and no configuration was missed.
     assert {name for _, name, _, _ in kernels} == KERNELS
-    for product, dtypes in PRODUCTS.items():
-        reached = {tuple(config) for _, name, config, _ in kernels if name == product}
-        assert reached == {tuple(config) for dtype in dtypes for config in CONFIGS[dtype]}, product
+    shipped = {
+        product: [config for dtype in dtypes for config in _product.CONFIGS[dtype]]
+        for product, dtypes in PRODUCTS.items()
+    }
+    shipped["grad_gram._layers"] = itertools.chain(*grad_gram.WHOLE_CONFIGS.values())
+    shipped["grad_gram._pieces"] = itertools.chain(*grad_gram.CONFIGS.values())
+    for product, configs in shipped.items():
+        reached = [config for _, name, config, _ in kernels if name == product]
+        # A tile of a symmetric product is a square: it has no BLOCK_N.
+        reached = {tuple(x for x in config if x is not None) for config in reached}
+        assert reached == {tuple(config) for config in configs}, product
     for case, name, _, used in kernels:
         assert used["spilled"] == 0, (case, name, used)
         assert used["shared"] <= SHARED_MEMORY[target] * 1024, (case, name, used)
 
 
 if __name__ == "__main__":
-    compile_all(sys.argv[1])
+    compile_all(*sys.argv[1:])

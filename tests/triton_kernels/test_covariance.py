@@ -40,8 +40,8 @@ def batch(n, d, dtype, seed=0):
 def state(d, dtype, seed=1):
     x = batch(d + 3, d, torch.promote_types(dtype, torch.float32), seed)
     cov = x.T @ x / len(x)
-    # BLAS need not give it symmetric to the bit; the kernel reads the lower triangle.
-    return cov.tril() + cov.tril(-1).T, x.mean(0)
+    # BLAS need not make it symmetric to the bit, which a running covariance is.
+    return (cov + cov.T) / 2, x.mean(0)
 
 
 def statistics(h, centered):
