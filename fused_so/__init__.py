@@ -5,7 +5,7 @@ from importlib.metadata import version as _version
 
 from fused_so import _extension, likelihoods, ops, reference
 from fused_so.likelihoods import Bernoulli, Categorical, Gaussian
-from fused_so.optim import ACP, CGD
+from fused_so.optim import ACP, CGD, UBP
 
 try:
     __version__ = _version("fused_so")
@@ -19,6 +19,7 @@ __all__ = [
     "ACP",
     "CGD",
     "LOADED_LIBRARIES",
+    "UBP",
     "Bernoulli",
     "Categorical",
     "Gaussian",

@@ -2,5 +2,6 @@
 
 from fused_so.optim.acp import ACP
 from fused_so.optim.cgd import CGD
+from fused_so.optim.ubp import UBP
 
-__all__ = ["ACP", "CGD"]
+__all__ = ["ACP", "CGD", "UBP"]
