@@ -52,4 +52,5 @@ METHODS: dict[str, Method] = {
     "adam": Method(_adam, {"lr": _decades(-4, -1.5)}, searched=True),
     "cgd": Method(_fused_so("CGD"), {"lr": _decades(-3.5, -1)}, searched=False),
     "acp": Method(_fused_so("ACP"), {"lr": _decades(-2.5, 0)}, searched=False),
+    "ubp": Method(_fused_so("UBP", likelihood=True), {"lr": _decades(-3.5, -1)}, searched=True),
 }

@@ -141,8 +141,9 @@ def _refuse(name: str, module: nn.Module, reason: str) -> None:
 class Passage:
     """What one forward and backward pass through a chain leaves, all of it as (n, d) rows.
 
-    `inputs` of the links, `preactivations` where phi' needs them, the model's `outputs`, and
-    `signals`: the gradient of the loss with respect to the output of each link.
+    `inputs` of the links, `preactivations` where phi' needs them, the model's `outputs` (later
+    those of the links not yet taken), and `signals`: the gradient of the loss with respect to the
+    output of each link.
     """
 
     def __init__(self, links: int):
@@ -152,10 +153,14 @@ class Passage:
         self.outputs: Tensor | None = None
 
     def take(self, index: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        """Input, output, preactivation and signal of a link, in the dtype to compute in."""
-        outputs = (*self.inputs[1:], self.outputs)
-        values = (self.inputs, outputs, self.preactivations, self.signals)
-        return tuple(None if v[index] is None else accumulate(v[index]) for v in values)
+        """Input, output, preactivation and signal of a link, in the dtype to compute in.
+
+        To be asked from the top down: of what no link below needs, nothing is kept.
+        """
+        values = (self.inputs[index], self.outputs, self.preactivations[index], self.signals[index])
+        self.outputs = self.inputs[index]
+        self.inputs[index] = self.preactivations[index] = self.signals[index] = None
+        return tuple(None if value is None else accumulate(value) for value in values)
 
     def clear(self) -> None:
         self.__init__(len(self.inputs))

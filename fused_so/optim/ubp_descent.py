@@ -51,6 +51,7 @@ class Descent:
         self._links, self._passage, self._groups, self._change = links, passage, groups, change
         self._curvature, self._hessian, self._unscale = curvature, hessian, unscale
         self._share: Tensor | None = None
+        self._eps = torch.finfo(passage.outputs.dtype).eps
         self.updates: list[Update] = []
         self.ratios: dict[str, Tensor] = {}
         self.agrees: Tensor | None = None
@@ -114,8 +115,8 @@ class Descent:
         """The error of a link's output signal, shortened to the link's max_correction."""
         link = self._links[index]
         plain = self._passage.signals[index]
-        size = torch.linalg.vector_norm(error, dtype=torch.float64)
-        reference = torch.linalg.vector_norm(plain, dtype=torch.float64)
+        size = torch.linalg.vector_norm(error).double()
+        reference = torch.linalg.vector_norm(accumulate(plain)).double()
         if self._unscale is not None:
             reference = reference * self._unscale
         self.ratios[link.name] = size / reference
@@ -143,7 +144,7 @@ class Descent:
         square = expected.dot(expected)
         share = torch.where(square > 0, product.dot(expected) / square, 1.0)
         # Rounding in the dtypes of the passage, and products in TF32.
-        rounding = max(1e-3, 4 * torch.finfo(self._passage.outputs.dtype).eps)
+        rounding = max(1e-3, 4 * self._eps)
         agrees = (product - share * expected).norm() <= rounding * share.abs() * size.norm()
         self.agrees = agrees | ~product.norm().isfinite()
         return torch.where(agrees, share, 0.0).to(signal.dtype)

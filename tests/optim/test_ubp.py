@@ -820,8 +820,8 @@ def test_gradient_scaler():
     model = chain(*BOTTLENECK, dtype=torch.float32)
     bare = copy.deepcopy(model)
     scaler = torch.amp.GradScaler("cpu", init_scale=4096.0)
-    a = ubp(model, 0.3, likelihood, grad_scaler=scaler, max_correction=0.2)
-    b = ubp(bare, 0.3, likelihood, max_correction=0.2)
+    a = ubp(model, 0.3, likelihood, grad_scaler=scaler, max_correction=1e-3)
+    b = ubp(bare, 0.3, likelihood, max_correction=1e-3)
     for _ in range(3):
         a.zero_grad()
         scaler.scale(likelihood.value(model(x), y)).backward()
@@ -936,20 +936,53 @@ def test_copied_and_pickled_models_are_free_of_the_optimizer():
         opt.step()
 
 
-def test_what_is_held_between_steps_and_during_one():
-    """Between steps: momentum. In a step: no more rows than three times the activations."""
+def test_what_is_held_between_steps():
     likelihood, y = problem("bernoulli", o=40, n=200, dtype=torch.float32)
     model = chain(40, 30, 20, 10, 20, 30, 40, dtype=torch.float32)
     opt = ubp(model, 0.1, likelihood, momentum=0.9, mode="matrix_free")
     loss = backward(model, likelihood, inputs(200, 40, torch.float32), y)
     passage = opt._passage
     opt.step()
-    del loss
     held = sum(v.numel() for s in opt.state.values() for v in s.values() if torch.is_tensor(v))
     assert held == sum(p.numel() for p in model.parameters())
     assert opt._passage is None
-    assert not any(t is not None for t in (*passage.inputs, *passage.signals, passage.outputs))
-    assert all(t is None for t in passage.preactivations)
+    # Nor by the graph of a loss that is still there.
+    assert loss.item() > 0
+    assert passage.outputs is None
+    rows = (*passage.inputs, *passage.signals, *passage.preactivations)
+    assert all(value is None for value in rows)
+
+
+def peak_memory(optimizer, n=256, width=196):
+    """The most bytes held in a step, by the profiler's record of every allocation."""
+    model = chain(width, 250, 125, 62, 8, 62, 125, 250, width, dtype=torch.float32)
+    x, loss, opt = torch.rand(n, width), nn.BCEWithLogitsLoss(), optimizer(model)
+
+    def step():
+        opt.zero_grad()
+        loss(model(x), x).backward()
+        opt.step()
+
+    step()
+    opt.zero_grad()
+    # Parameters, momentum and inputs were there before.
+    held = highest = 4 * (2 * sum(p.numel() for p in model.parameters()) + x.numel())
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        step()
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            highest = max(highest, held)
+    return highest
+
+
+def test_matrix_free_takes_at_most_twice_the_memory_of_sgd():
+    """The 784-1000-500-250-30 autoencoder at batch 1024, a quarter of it in every direction."""
+    sgd = peak_memory(lambda model: torch.optim.SGD(model.parameters(), 1e-4, momentum=0.9))
+    ours = peak_memory(
+        lambda model: ubp(model, 1e-4, nn.BCEWithLogitsLoss(), mode="matrix_free", momentum=0.9)
+    )
+    assert sgd < ours <= 2 * sgd
 
 
 def test_the_rows_of_a_loss_that_is_kept_are_let_go():
