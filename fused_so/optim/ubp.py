@@ -14,8 +14,9 @@ from fused_so.likelihoods import Categorical, Likelihood, likelihood_of
 from fused_so.ops import _check
 from fused_so.optim import ubp_cost
 from fused_so.optim.base import ModelOptimizer, check_choice, check_count, check_number
-from fused_so.optim.chain import Link, Passage, Watch, find_chain, refuse_random
+from fused_so.optim.chain import Link, find_chain, refuse_random
 from fused_so.optim.curvature import CarriedRows, MatrixFree
+from fused_so.optim.passage import Passage, Watch
 from fused_so.optim.ubp_descent import Change, Descent
 
 CURVATURES = ("gauss_newton", "hessian")
@@ -28,11 +29,11 @@ class UBP(ModelOptimizer):
     SGD updates a layer by its gradient at the old values of the layers above, which change in the
     same step. UBP goes from the top down and gives every layer the gradient, to first order in
     the step, after the layers above have been updated. With g the signal that reaches the output
-    of a layer h' = phi(a), a = W h + b, summed over the batch as the loss does:
+    of a layer h' = phi(a), a = W h + b, for each example; sums go over the batch:
 
     .. math::
         da = \phi'(a)\, g, \qquad
-        \nabla_W = da\, h^T, \quad \nabla_b = da, \qquad
+        \nabla_W = \sum da\, h^T, \quad \nabla_b = \sum da, \qquad
         g_{below} = (W + \Delta W)^T da + W^T H (\Delta W h + \Delta b)
 
     Delta is what the step will really change: with the layer's lr, momentum, weight decay and
@@ -192,37 +193,32 @@ class UBP(ModelOptimizer):
     def explain(self, batch_size: int = 128) -> str:
         """Which mode computes the corrections and why, counted in operations and numbers held."""
         check_count("batch_size", batch_size)
-        shapes = self._shapes()
         taken = self._taken()
-        lines = [f"curvature {self._curvature!r}, mode {self._mode!r} takes {taken!r}:"]
-        for mode, cost in self._costs(shapes).items():
-            total = ubp_cost.corrected(shapes, cost)
-            lines.append(
-                f"  {mode}: {2e-9 * batch_size * total:.3g} Gflop a step at batch {batch_size}, "
-                f"{total / ubp_cost.gradient(shapes):.2f} times a gradient; its largest tensor has "
-                f"{batch_size * cost.numbers:,} numbers"
-            )
+        lines = [
+            f"curvature {self._curvature!r}, mode {self._mode!r} takes {taken!r}:",
+            *ubp_cost.lines(self._shapes(), self._costs(), batch_size),
+        ]
         if self._mode == "auto":
-            exact = "the only mode that has the Hessian"
+            only = "the only mode that has the Hessian"
             fewer = "the exact mode with fewer operations; both grow alike with the batch"
-            lines.append(f"  {taken} is {exact if self._curvature == 'hessian' else fewer}")
+            lines.append(f"  {taken} is {only if self._curvature == 'hessian' else fewer}")
         return "\n".join(lines)
 
     def _shapes(self) -> list[tuple[int, int]]:
         return [(link.linear.out_features, link.linear.in_features) for link in self._links]
 
-    def _costs(self, shapes: list[tuple[int, int]]) -> dict[str, ubp_cost.Cost]:
-        outputs = shapes[-1][0]
+    def _costs(self) -> dict[str, ubp_cost.Cost]:
+        shapes = self._shapes()
         costs = {"matrix_free": ubp_cost.matrix_free(shapes)}
         if self._curvature == "gauss_newton":
-            costs["jacobian"] = ubp_cost.carried(shapes, outputs)
+            costs["jacobian"] = ubp_cost.carried(shapes, shapes[-1][0])
             costs["sketch"] = ubp_cost.carried(shapes, self._sketch_size)
         return costs
 
     def _taken(self) -> str:
         if self._mode != "auto":
             return self._mode
-        costs = self._costs(self._shapes())
+        costs = self._costs()
         costs.pop("sketch", None)
         return min(costs, key=lambda mode: costs[mode].products)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 
@@ -55,3 +55,16 @@ def corrected(shapes: Sequence[tuple[int, int]], cost: Cost) -> int:
     """
     sizes = [height * width for height, width in shapes]
     return gradient(shapes) + cost.products + 3 * sum(sizes[1:]) + sum(sizes[:-1])
+
+
+def lines(
+    shapes: Sequence[tuple[int, int]], costs: Mapping[str, Cost], batch_size: int
+) -> Iterator[str]:
+    """A line of text for what each mode costs."""
+    for mode, cost in costs.items():
+        total = corrected(shapes, cost)
+        yield (
+            f"  {mode}: {2e-9 * batch_size * total:.3g} Gflop a step at batch {batch_size}, "
+            f"{total / gradient(shapes):.2f} times a gradient; its largest tensor has "
+            f"{batch_size * cost.numbers:,} numbers"
+        )

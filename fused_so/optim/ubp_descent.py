@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from fused_so._dtypes import accumulate
 from fused_so.optim.base import Update
-from fused_so.optim.chain import Link, Passage
+from fused_so.optim.chain import Link
 from fused_so.optim.curvature import CarriedRows, Linearized, MatrixFree
 from fused_so.optim.kronecker import _probe
+from fused_so.optim.passage import Passage
 
 
 class Change(NamedTuple):
