@@ -138,10 +138,10 @@ def table() -> list[str]:
 def steps_table() -> list[str]:
     """Training steps, as lines of text: a row for each optimizer, a column for each batch."""
     batches = sorted({row["batch"] for row in REPORT.steps})
-    lines = [f"{'optimizer':<12}" + "".join(f"{f'batch {batch}':>20}" for batch in batches)]
+    lines = [f"{'optimizer':<28}" + "".join(f"{f'batch {batch}':>20}" for batch in batches)]
     cells = {(row["optimizer"], row["batch"]): row for row in REPORT.steps}
     for name in dict.fromkeys(row["optimizer"] for row in REPORT.steps):
-        line = f"{name:<12}"
+        line = f"{name:<28}"
         for batch in batches:
             row = cells[name, batch]
             line += f"{row['ms']:>11.1f} ms{row['times_sgd']:>5.2f}x"

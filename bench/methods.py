@@ -55,4 +55,5 @@ METHODS: dict[str, Method] = {
     "ekfac": Method(_fused_so("EKFAC", likelihood=True), {"lr": _decades(-2.5, 0)}, searched=False),
     "kfac": Method(_fused_so("KFAC", likelihood=True), {"lr": _decades(-2.5, 0)}, searched=False),
     "acp": Method(_fused_so("ACP"), {"lr": _decades(-2.5, 0)}, searched=False),
+    "ubp": Method(_fused_so("UBP", likelihood=True), {"lr": _decades(-3.5, -1)}, searched=True),
 }

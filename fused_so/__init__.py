@@ -5,7 +5,7 @@ from importlib.metadata import version as _version
 
 from fused_so import _extension, likelihoods, ops, reference
 from fused_so.likelihoods import Bernoulli, Categorical, Gaussian
-from fused_so.optim import ACP, CGD, EKFAC, KFAC, NNN, Preconditioner
+from fused_so.optim import ACP, CGD, EKFAC, KFAC, NNN, UBP, Preconditioner
 
 try:
     __version__ = _version("fused_so")
@@ -22,6 +22,7 @@ __all__ = [
     "KFAC",
     "LOADED_LIBRARIES",
     "NNN",
+    "UBP",
     "Bernoulli",
     "Categorical",
     "Gaussian",

@@ -6,5 +6,6 @@ from fused_so.optim.ekfac import EKFAC
 from fused_so.optim.kfac import KFAC
 from fused_so.optim.nnn import NNN
 from fused_so.optim.preconditioner import Preconditioner
+from fused_so.optim.ubp import UBP
 
-__all__ = ["ACP", "CGD", "EKFAC", "KFAC", "NNN", "Preconditioner"]
+__all__ = ["ACP", "CGD", "EKFAC", "KFAC", "NNN", "UBP", "Preconditioner"]

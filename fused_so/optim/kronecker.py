@@ -12,7 +12,6 @@ invert them, preconditions by rows or by gradients, bounds the step and applies 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from fused_so import ops
 from fused_so._dtypes import accumulate_dtype
 from fused_so.optim.base import Update, check_count, check_number
-from fused_so.optim.layers import Layer, LayerOptimizer
+from fused_so.optim.layers import Layer, LayerOptimizer, probe
 
 _LARGEST_BOOST = 1000.0
 
@@ -232,8 +231,8 @@ class KroneckerOptimizer(LayerOptimizer):
         if rows is None or rows[0].dtype != gradient.dtype:
             return None
         h, g = rows
-        probe = _probe(h.shape[1], h.dtype, h.device)
-        product, weights = gradient @ probe, h @ probe
+        v = probe(h.shape[1], h.dtype, h.device)
+        product, weights = gradient @ v, h @ v
         expected = g.T @ weights
         scale = product.dot(expected) / expected.dot(expected)
         # Rounding, in a sum of n products that may nearly cancel.
@@ -328,7 +327,7 @@ class KroneckerOptimizer(LayerOptimizer):
         dampings, residuals = self.dampings(layer), []
         for factor in self.factors(layer):
             covariance = factor.get("covariance")
-            v = _probe(len(covariance), covariance.dtype, covariance.device)
+            v = probe(len(covariance), covariance.dtype, covariance.device)
             av = self.solve(factor, v)
             residual = covariance @ av + dampings[factor.side] * av - v
             residuals.append(residual.norm() / v.norm())
@@ -429,9 +428,3 @@ def _by_kind(jobs: list[tuple[Factor, Tensor]]) -> list[list[tuple[Factor, Tenso
         covariance = job[0].get("covariance")
         kinds.setdefault((covariance.device, covariance.dtype), []).append(job)
     return list(kinds.values())
-
-
-@functools.cache
-def _probe(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    generator = torch.Generator().manual_seed(size)
-    return torch.randn(size, dtype=dtype, generator=generator).to(device)

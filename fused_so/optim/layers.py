@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -195,3 +196,10 @@ class LayerOptimizer(ModelOptimizer):
             layer.name: (layer.module.in_features, layer.module.out_features, layer.centered)
             for layer in self._layers
         }
+
+
+@functools.cache
+def probe(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A random vector, always the same, for comparing matrices by one product."""
+    generator = torch.Generator().manual_seed(size)
+    return torch.randn(size, dtype=dtype, generator=generator).to(device)

@@ -1,0 +1,163 @@
+"""The walk of updated backpropagation, from the top layer down (George 2017, Algorithm 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fused_so._dtypes import accumulate
+from fused_so.optim.base import Update
+from fused_so.optim.chain import Link
+from fused_so.optim.curvature import CarriedRows, Linearized, MatrixFree
+from fused_so.optim.layers import probe
+from fused_so.optim.passage import Passage
+
+
+class Change(NamedTuple):
+    """What the step will add to a parameter: factor times direction."""
+
+    direction: Tensor
+    factor: float
+
+
+class Descent:
+    """One step's updates, and the signals that lead to them.
+
+    A signal is split into the plain one, which autograd has computed, and its error: what the
+    changes above add. So without changes the step is SGD's to the bit.
+
+    Args:
+        links, passage: the chain, and what the last backward pass left of it.
+        groups: the param group of every trained parameter.
+        change: what the step will do to a parameter, given its update.
+        curvature: H v, layer by layer.
+        hessian: whether H needs second derivatives.
+        unscale: what the seen signals have to be multiplied by, if anything.
+    """
+
+    def __init__(
+        self,
+        links: list[Link],
+        passage: Passage,
+        groups: Mapping[nn.Parameter, dict[str, Any]],
+        change: Callable[[nn.Parameter, Tensor], Change],
+        curvature: MatrixFree | CarriedRows,
+        *,
+        hessian: bool,
+        unscale: Tensor | None,
+    ):
+        self._links, self._passage, self._groups, self._change = links, passage, groups, change
+        self._curvature, self._hessian, self._unscale = curvature, hessian, unscale
+        self._share: Tensor | None = None
+        self._eps = torch.finfo(passage.outputs.dtype).eps
+        self.updates: list[Update] = []
+        self.ratios: dict[str, Tensor] = {}
+        self.agrees: Tensor | None = None
+        """Whether the gradients are those of the passage, times one factor; 0-dim."""
+
+    def run(self) -> None:
+        trained = [i for i, link in enumerate(self._links) if self._trained(link)]
+        error = None
+        for index in range(len(self._links) - 1, trained[0] - 1, -1):
+            error = self._layer(index, error, lowest=trained[0])
+
+    def _trained(self, link: Link) -> list[nn.Parameter]:
+        parameters = (link.linear.weight, link.linear.bias)
+        return [p for p in parameters if p in self._groups and p.grad is not None]
+
+    def _layer(self, index: int, error: Tensor | None, lowest: int) -> Tensor | None:
+        """Updates one layer; the error (n, out) of its output's signal in, its input's out."""
+        link, passage = self._links[index], self._passage
+        weight, bias = link.linear.weight, link.linear.bias
+        h, output, preactivation, signal = passage.take(index)
+        slope, bend = link.derivatives(preactivation, output, second=self._hessian)
+        # What autograd handed over is not ours to change.
+        signal = signal if self._unscale is None else signal * self._unscale
+        if bend is not None:
+            bend = bend.mul_(signal)
+        # da = phi'(a) g
+        if slope is not None:
+            signal = signal * slope
+            error = None if error is None else error.mul_(slope)
+        trained = self._trained(link)
+        if trained and self._share is None:
+            self._share = self._measure_share(link, h, signal)
+
+        # grad_W = da h^T and grad_b = da, of which p.grad is the plain part
+        shared = None if error is None else error * self._share
+        changes: dict[nn.Parameter, Change] = {}
+        for p in trained:
+            delta = accumulate(p.grad)
+            if shared is not None and p is weight:
+                delta = torch.addmm(delta, shared.T, h)
+            elif shared is not None:
+                delta = delta + shared.sum(0)
+            self.updates.append(Update(p, delta))
+            changes[p] = self._change(p, delta)
+        if index == lowest:
+            return None
+
+        moved = _movement(h, changes.get(weight), changes.get(bias))
+        signal = signal if error is None else signal + error
+        # W^T (H (dW h + db)) and the error's own part of W^T da
+        below = self._curvature.descend(
+            Linearized(accumulate(weight), slope, bend), error, moved, last=index == lowest + 1
+        )
+        if weight in changes:
+            # dW^T da
+            direction, factor = changes[weight]
+            below = below.addmm_(signal, direction, alpha=factor)
+        return None if below is None else self._bounded(index - 1, below)
+
+    def _bounded(self, index: int, error: Tensor) -> Tensor:
+        """The error of a link's output signal, shortened to the link's max_correction."""
+        link = self._links[index]
+        plain = self._passage.signals[index]
+        size = torch.linalg.vector_norm(error).double()
+        reference = torch.linalg.vector_norm(accumulate(plain)).double()
+        if self._unscale is not None:
+            reference = reference * self._unscale
+        self.ratios[link.name] = size / reference
+        trained = self._trained(link)
+        limit = self._groups[trained[0]]["max_correction"] if trained else None
+        if limit is None:
+            return error
+        factor = torch.where(size > 0, (limit * reference / size).clamp(max=1.0), 1.0)
+        return error.mul_(factor.to(error.dtype))
+
+    def _measure_share(self, link: Link, h: Tensor, signal: Tensor) -> Tensor:
+        """c in p.grad = c * (the passage's gradient), of the topmost trained layer; or 0.
+
+        Both sides are multiplied by one random vector. A clipped gradient has c < 1, and so then
+        have corrections, which are gradients too.
+        """
+        weight, bias = link.linear.weight, link.linear.bias
+        if self._trained(link)[0] is weight:
+            v = probe(h.shape[1], h.dtype, h.device)
+            product, weights = accumulate(weight.grad) @ v, h @ v
+        else:
+            product, weights = accumulate(bias.grad), h.new_ones(h.shape[0])
+        expected, size = (signal.T @ weights).double(), (signal.abs().T @ weights.abs()).double()
+        product = product.double()
+        square = expected.dot(expected)
+        share = torch.where(square > 0, product.dot(expected) / square, 1.0)
+        # Rounding in the dtypes of the passage, and products in TF32.
+        rounding = max(1e-3, 4 * self._eps)
+        agrees = (product - share * expected).norm() <= rounding * share.abs() * size.norm()
+        self.agrees = agrees | ~product.norm().isfinite()
+        return torch.where(agrees, share, 0.0).to(signal.dtype)
+
+
+def _movement(h: Tensor, of_weight: Change | None, of_bias: Change | None) -> Tensor | None:
+    """dW h + db, (n, out)."""
+    if of_weight is None:
+        if of_bias is None:
+            return None
+        return (of_bias.factor * of_bias.direction).expand(h.shape[0], -1)
+    direction, factor = of_weight
+    if of_bias is None:
+        return (h @ direction.T).mul_(factor)
+    return torch.addmm(of_bias.direction, h, direction.T, beta=of_bias.factor, alpha=factor)
