@@ -3,7 +3,7 @@
 from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
 
-from fused_so import _extension, likelihoods, ops, reference
+from fused_so import _extension, likelihoods, ops, reference, solvers
 from fused_so.likelihoods import Bernoulli, Categorical, Gaussian
 from fused_so.optim import ACP, CGD
 
@@ -26,4 +26,5 @@ __all__ = [
     "likelihoods",
     "ops",
     "reference",
+    "solvers",
 ]
