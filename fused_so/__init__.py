@@ -5,7 +5,7 @@ from importlib.metadata import version as _version
 
 from fused_so import _extension, likelihoods, ops, reference, solvers
 from fused_so.likelihoods import Bernoulli, Categorical, Gaussian
-from fused_so.optim import ACP, CGD
+from fused_so.optim import ACP, CGD, TONGA, NaturalGradient
 
 try:
     __version__ = _version("fused_so")
@@ -19,9 +19,11 @@ __all__ = [
     "ACP",
     "CGD",
     "LOADED_LIBRARIES",
+    "TONGA",
     "Bernoulli",
     "Categorical",
     "Gaussian",
+    "NaturalGradient",
     "__version__",
     "likelihoods",
     "ops",

@@ -45,15 +45,20 @@ class Solution:
 
 
 class System:
-    """A x = b with all tensors of b in one contiguous vector, in the accumulate dtype."""
+    """(A + damping I) x = b, all of b in one contiguous vector of the accumulate dtype."""
 
     def __init__(
-        self, product: Product, b: Tensor | Sequence[Tensor], preconditioner: Product | None
+        self,
+        product: Product,
+        b: Tensor | Sequence[Tensor],
+        preconditioner: Product | None,
+        damping: float,
     ):
         for name, function in (("product", product), ("preconditioner", preconditioner)):
             if not callable(function) and not (name == "preconditioner" and function is None):
                 raise TypeError(f"{name} must be callable, got {type(function).__name__}")
-        self._product, self._preconditioner = product, preconditioner
+        _check.within("damping", damping, 0.0, math.inf)
+        self._product, self._preconditioner, self._damping = product, preconditioner, damping
         self._single = isinstance(b, Tensor)
         tensors = [b] if self._single else _check.tensor_list("b", b)
         if not tensors:
@@ -92,8 +97,9 @@ class System:
         return shaped[0] if self._single else shaped
 
     def product(self, v: Tensor, out: Tensor | None = None) -> Tensor:
-        """A v."""
-        return self.flatten("product", self._product(self.shaped(v)), out)
+        """A v + damping v."""
+        image = self.flatten("product", self._product(self.shaped(v)), out)
+        return image.add_(v, alpha=self._damping) if self._damping else image
 
     def precondition(self, r: Tensor) -> Tensor:
         """M^-1 r; r itself without a preconditioner."""

@@ -20,6 +20,7 @@ def cg(
     b: Tensor | Sequence[Tensor],
     *,
     x0: Tensor | Sequence[Tensor] | None = None,
+    damping: float = 0.0,
     preconditioner: Product | None = None,
     max_iterations: int = 20,
     tolerance: float = 1e-4,
@@ -38,6 +39,7 @@ def cg(
         x0: where to start, as b is; by default at zero. The start is that multiple of x0 for
             which phi is smallest, which takes no more than the product with x0: an old solution
             of another length does no harm. x0 of negative curvature is not used.
+        damping: >= 0; A + damping I takes the place of A.
         preconditioner: r -> M^-1 r, for a symmetric positive definite M close to A; lists as for
             product.
         max_iterations: the largest number of products, that with x0 not counted.
@@ -56,7 +58,7 @@ def cg(
     device in every iteration, to know whether to stop.
     """
     check_options(max_iterations, tolerance, progress)
-    system = System(product, b, preconditioner)
+    system = System(product, b, preconditioner, damping)
     b, stop = system.b, Progress(progress)
     x, r = torch.zeros_like(b), b.clone()
     norm = b.norm().item()

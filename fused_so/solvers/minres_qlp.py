@@ -20,6 +20,7 @@ def minres_qlp(
     b: Tensor | Sequence[Tensor],
     *,
     x0: Tensor | Sequence[Tensor] | None = None,
+    damping: float = 0.0,
     preconditioner: Product | None = None,
     max_iterations: int = 20,
     tolerance: float = 1e-4,
@@ -33,10 +34,10 @@ def minres_qlp(
     vector operation is one call.
 
     Args:
-        product, b, x0, preconditioner, max_iterations, tolerance: as for `cg`, for a symmetric A;
-            the preconditioner is positive definite all the same. With it, residual and length
-            are those of M^-1/2 A M^-1/2. x0 is scaled so that the residual is smallest; what it
-            has in the null space of A stays, and with it x is not the shortest.
+        product, b, x0, damping, preconditioner, max_iterations, tolerance: as for `cg`, for a
+            symmetric A; the preconditioner is positive definite all the same. With it, residual
+            and length are those of M^-1/2 A M^-1/2. x0 is scaled so that the residual is
+            smallest; what it has in the null space of A stays, and with it x is not the shortest.
         progress: as for `cg`; takes one more vector, and only makes sense for a positive
             semi-definite A.
 
@@ -51,7 +52,7 @@ def minres_qlp(
     and x made at the end. Waits for the device in every iteration.
     """
     check_options(max_iterations, tolerance, progress)
-    system = System(product, b, preconditioner)
+    system = System(product, b, preconditioner, damping)
     norm = system.b.norm().item()
     nothing = system.shaped(torch.zeros_like(system.b))
     if not math.isfinite(norm):
