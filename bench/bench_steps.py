@@ -13,11 +13,15 @@ import torch
 import fused_so
 from bench import measure
 from bench.problems import autoencoder
+from fused_so.optim.batches import Batch, Watch
+from fused_so.optim.metric import Metric
 
 # batch
 SIZES = [(1024,), (512,), (128,)]
 WIDTHS = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
 ROUNDS, ROUND_STEPS, BLOCK_STEPS = 2, 100, 10
+LIKELIHOOD = fused_so.Gaussian(reduction="batchmean")
+PRODUCTS = 20
 
 OPTIMIZERS = {
     "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9),
@@ -27,6 +31,15 @@ OPTIMIZERS = {
     "adam fused": lambda model: torch.optim.Adam(model.parameters(), lr=1e-5, fused=True),
     "cgd": lambda model: fused_so.CGD(model, lr=1e-4),
     "acp": lambda model: fused_so.ACP(model, lr=1e-4),
+    "tonga": lambda model: fused_so.TONGA(model, lr=1e-4),
+    "gram": lambda model: fused_so.NaturalGradient(
+        model,
+        lr=1e-4,
+        likelihood=LIKELIHOOD,
+        solver="gram",
+        metric="empirical_fisher",
+        momentum=0.9,
+    ),
 }
 
 
@@ -80,3 +93,43 @@ def test_steps(benchmark, size):
     measure.REPORT.steps.extend(rows)
     benchmark.extra_info["steps"] = rows
     benchmark.pedantic(steps["acp"], rounds=1, iterations=1)
+
+
+@pytest.mark.benchmark(group="steps")
+def test_truncated_newton(benchmark, size):
+    """A step of CG with 20 iterations, against 20 products with the metric and a gradient."""
+    (batch,) = size
+    x = torch.rand(batch, WIDTHS[0])
+    model = autoencoder(WIDTHS, 0)
+    optimizer = fused_so.NaturalGradient(
+        model, lr=1e-4, likelihood=LIKELIHOOD, max_iterations=PRODUCTS, tolerance=0.0
+    )
+    twin = autoencoder(WIDTHS, 0)
+    params = dict(twin.named_parameters())
+    metric = Metric(
+        Watch(twin), list(params), list(params.values()), LIKELIHOOD, "gauss_newton",
+        [Batch((x,), {})],
+    )  # fmt: skip
+    v = [torch.randn_like(p) for p in params.values()]
+
+    def gradient(of):
+        of.zero_grad()
+        (0.5 * (of(x) - x).square().sum() / len(x)).backward()
+
+    def step():
+        gradient(model)
+        optimizer.step()
+
+    def parts():
+        gradient(twin)
+        for _ in range(PRODUCTS):
+            metric(v)
+
+    measure.compare(
+        benchmark,
+        f"cg step of {PRODUCTS} iterations, batch {batch}",
+        step,
+        {"products and a gradient": parts},
+        compiled=False,
+        rounds=5,
+    )

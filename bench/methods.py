@@ -52,4 +52,8 @@ METHODS: dict[str, Method] = {
     "adam": Method(_adam, {"lr": _decades(-4, -1.5)}, searched=True),
     "cgd": Method(_fused_so("CGD"), {"lr": _decades(-3.5, -1)}, searched=False),
     "acp": Method(_fused_so("ACP"), {"lr": _decades(-2.5, 0)}, searched=False),
+    "natural_gradient": Method(
+        _fused_so("NaturalGradient", likelihood=True), {"lr": _decades(-1.5, 0)}, searched=False
+    ),
+    "tonga": Method(_fused_so("TONGA"), {"lr": _decades(-2, 0)}, searched=False),
 }

@@ -91,7 +91,7 @@ class NaturalGradient(ModelOptimizer):
         likelihood: Likelihood | nn.Module,
         solver: str = "cg",
         metric: str = "gauss_newton",
-        damping: float = 1e-2,
+        damping: float = 0.1,
         adapt_damping_every: int | None = None,
         line_search: bool = False,
         max_iterations: int = 20,

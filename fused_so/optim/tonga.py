@@ -87,7 +87,7 @@ class TONGA(LayerOptimizer):
         lr: float = 0.1,
         damping: float = 0.0,
         *,
-        relative_damping: float = 1.0,
+        relative_damping: float = 0.1,
         centered: bool = False,
         decay: float | None = None,
         directions: int = 128,
@@ -200,8 +200,9 @@ class TONGA(LayerOptimizer):
             energies, count = step.energies, self._directions
             draw(states, members, pool, weights, unit, energies, count, self._steps)
         updates = []
-        for layer, (delta, offset) in zip(layers, step.updates, strict=True):
-            for param, update in ((layer.module.weight, delta), (layer.bias, offset)):
+        for layer, pair in zip(layers, step.updates, strict=True):
+            for param, update in zip((layer.module.weight, layer.bias), pair, strict=True):
                 if update is not None:
-                    updates.append(Update(param, update / summed, summed))
+                    delta = update if summed == 1 else update.div_(summed)
+                    updates.append(Update(param, delta, summed))
         return updates

@@ -12,6 +12,7 @@ from fused_so.optim.base import Update, squared_norm
 
 _SUFFICIENT = 1e-2
 _HALVINGS = 10
+_LEAST = 1e-12  # from nothing damping could not rise again
 
 
 class Trust:
@@ -100,7 +101,7 @@ class Trust:
                 if not ratio >= 0.25:
                     group["damping"] *= 3 / 2
                 elif ratio > 0.75:
-                    group["damping"] *= 2 / 3
+                    group["damping"] = max(group["damping"] * 2 / 3, _LEAST)
         if promised:
             return None
         return "the loss did not fall" if self._searches else "the loss was not finite"
