@@ -72,13 +72,18 @@ class ExactSteps:
         batches: Sequence[Batch],
         examples: int | None,
         damping: float,
+        loss_scale: Tensor | float,
         waits: bool,
     ) -> list[Tensor]:
-        """(G + damping I)^-1 p.grad for every one of the parameters."""
+        """(G + damping I)^-1 p.grad for every one of the parameters.
+
+        The rows seen in the backward pass are those of `loss_scale` times the loss.
+        """
         layers = [m for m in self._layers if m.weight.grad is not None or _trained(m.bias)]
         if self._metric == "empirical_fisher":
             rows = [self._seen_rows(module, batches) for module in layers]
             scale = empirical_scale(self._likelihood, [batch.score for batch in batches])
+            scale = scale / loss_scale
         else:
             rows, scale = self._own_rows(layers, batches, examples), 1.0
         ones = rows[0].g.new_ones(len(rows[0].g))

@@ -278,7 +278,9 @@ class NaturalGradient(ModelOptimizer):
             examples = sum(examples_of(batch.score) for batch in seen)
         if self._exact:
             waits = not self._readback.waits_for(params[0])
-            found = self._steps_of.deltas(params, batches, examples, self.damping, waits)
+            found = self._steps_of.deltas(
+                params, batches, examples, self.damping, self._loss_scale(), waits
+            )
             return dict(zip(params, found, strict=True))
         last = [self.state[p].get("solution") for p in params]
         start = last if self._warm_start and all(x is not None for x in last) else None
@@ -300,7 +302,11 @@ class NaturalGradient(ModelOptimizer):
             f"{reason}; such steps are skipped (more damping may help, or solver 'minres_qlp')",
         )
 
+    def _loss_scale(self) -> Tensor | float:
+        """What the loss was multiplied by before the backward pass."""
+        scale = None if self._grad_scaler is None else self._grad_scaler._scale
+        return 1.0 if scale is None else scale
+
     def _unscaled(self, batch: Batch) -> Batch:
-        if self._grad_scaler is None or self._grad_scaler._scale is None:
-            return batch
-        return batch._replace(score=batch.score / self._grad_scaler._scale.to(batch.score))
+        scale = self._loss_scale()
+        return batch._replace(score=batch.score / scale) if isinstance(scale, Tensor) else batch
