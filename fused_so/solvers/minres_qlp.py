@@ -129,27 +129,28 @@ class _Run:
             return "not_finite"
         beta_next = math.sqrt(abs(square))
         self._largest = max(self._largest, abs(alpha), beta_next)
-        floor = _ROUNDING * system.eps * self._largest
-        if beta_next <= floor:
+        if beta_next <= _ROUNDING * system.eps * self._largest:
             beta_next = 0.0  # the Krylov space is exhausted
         elif square < 0:
             return "bad_preconditioner"
         self._z_last, self._z, self._q = self._z, z, q
         self._beta_last, self._beta = beta, beta_next
         self.iterations += 1
-        if not self._factor(alpha, beta_next, v, floor):
+        if not self._factor(alpha, beta_next, v):
             return "least_squares"
         if self.residual <= tolerance:
             return "converged"
         return "progress" if self._stalls() else ""
 
-    def _factor(self, alpha: float, beta: float, v: Tensor, floor: float) -> bool:
+    def _factor(self, alpha: float, beta: float, v: Tensor) -> bool:
         """Takes in column k of T_k, (beta_k, alpha_k, beta_{k+1}); False if it is the last."""
         # Q_{k-1} on the column's middle two entries, and on the first two of the next one.
         c, s = self._left
         delta, gamma = c * self._delta + s * alpha, s * self._delta - c * alpha
         epsilon, self._epsilon, self._delta = self._epsilon, s * beta, -c * beta
-        # ||A r_{k-1}|| over ||r_{k-1}||: if that is nothing beside ||A||, r_{k-1} is smallest.
+        # ||A r_{k-1}|| over ||r_{k-1}||: if that is nothing beside ||A||, r_{k-1} is smallest, and
+        # T_k singular: u_k ends with the shortest solution's zero. Rounding shows from sqrt(eps)
+        # on, where Lanczos vectors lose their orthogonality.
         smallest = math.hypot(gamma, self._delta) <= self._system.eps**0.5 * self._largest
         # Q_k removes beta_{k+1}.
         c, s, gamma = (0.0, 1.0, 0.0) if smallest else _reflection(gamma, beta)
@@ -157,9 +158,6 @@ class _Run:
         c2, s2, corner = _reflection(self._gamma[0], epsilon)
         delta, middle = s2 * self._theta[1] - c2 * delta, c2 * self._theta[1] + s2 * delta
         c3, s3, pivot = _reflection(self._gamma[1], delta)
-        if smallest or abs(c2 * c3 * gamma) <= floor:
-            # T_k is singular: u_k ends with the shortest solution's zero, and r_{k-1} stays.
-            smallest, c, s, gamma = True, 0.0, 1.0, 0.0
         diagonal = [corner, pivot, c2 * c3 * gamma]
         lower = [self._theta[0], middle, -s3 * c2 * gamma]
         lowest = [*self._eta, s2 * gamma]

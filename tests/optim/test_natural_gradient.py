@@ -569,15 +569,22 @@ def test_lower_precision_parameters_are_solved_for_in_float32():
 
 def test_the_solver_sees_one_vector_and_the_model_one_extra_call():
     model, x, y = problem()
-    calls = []
+    calls, kept = [], []
     model.register_forward_pre_hook(lambda module, args: calls.append(1))
+
+    def identity(r):
+        kept.append(len(opt._watch.batches))
+        return r
+
     opt = fused_so.NaturalGradient(
-        model, 1.0, likelihood=fused_so.Gaussian(), max_iterations=7, tolerance=0.0
-    )
+        model, 1.0, likelihood=fused_so.Gaussian(), max_iterations=7, tolerance=0.0,
+        preconditioner=identity,
+    )  # fmt: skip
     backward(opt, model, x, y)
     opt.step()
     assert opt.last_solution.iterations == 7
     assert len(calls) == 2
+    assert set(kept) == {1}  # the products leave nothing behind
     first, second = opt.last_solution.x[:2]
     assert first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
 
