@@ -58,8 +58,8 @@ class NaturalGradient(ModelOptimizer):
         line_search: halve the step until the loss falls by a hundredth of what its slope
             promises; after ten times the parameters stay. Takes the loss again.
         max_iterations, tolerance, progress: of the solver, as in `fused_so.solvers`.
-        warm_start: start the solver from the last solution. The attribute `last_solution` has
-            all of what the solver said of it.
+        warm_start: start the solver from the last solution, for a product more. The attribute
+            `last_solution` has all that the solver said.
         preconditioner: r -> M^-1 r for the solver, lists of tensors in the order of the
             parameters, those without a gradient left out.
         metric_inputs: an iterable of inputs (a loader of unlabeled ones, say) for the metric
@@ -97,7 +97,7 @@ class NaturalGradient(ModelOptimizer):
         max_iterations: int = 20,
         tolerance: float = 1e-4,
         progress: float | None = None,
-        warm_start: bool = True,
+        warm_start: bool = False,
         preconditioner: Callable[[list[Tensor]], list[Tensor]] | None = None,
         metric_inputs: Iterable | None = None,
         momentum: float = 0.0,
@@ -292,8 +292,9 @@ class NaturalGradient(ModelOptimizer):
             self._skip(failure)
         if failure is not None:
             return None
-        for p, x in zip(params, solution.x, strict=True):
-            self.state[p]["solution"] = x
+        if self._warm_start:
+            for p, x in zip(params, solution.x, strict=True):
+                self.state[p]["solution"] = x
         return dict(zip(params, solution.x, strict=True))
 
     def _skip(self, reason: str) -> None:

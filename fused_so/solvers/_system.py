@@ -21,7 +21,7 @@ class Solution:
     """What a solver found.
 
     Attributes:
-        x: the solution, a tensor or list of tensors as the right-hand side is; always finite.
+        x: the solution, a tensor or list of tensors as the right-hand side is.
         iterations: how many steps it took, a product with the matrix each.
         residual: ||b - A x|| / ||b||, as the recurrences have it; in the norm of the inverse of
             the preconditioner's matrix where `minres_qlp` has one.

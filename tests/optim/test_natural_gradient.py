@@ -22,7 +22,7 @@ from tests.optim.dense import (
 )
 from tests.optim.test_metric import LIKELIHOODS, Convolutions, targets_of
 
-EXACT = {"max_iterations": 400, "tolerance": 1e-13, "warm_start": False}
+EXACT = {"max_iterations": 400, "tolerance": 1e-13}
 LOSSES = {
     "gaussian": lambda out, y: (out - y).square().mean() / (2 * 0.7**2),
     "bernoulli": lambda out, y: (
@@ -132,7 +132,7 @@ def test_hessian_step_is_newton_s_and_minres_qlp_takes_it_indefinite():
     likelihood = LIKELIHOODS["gaussian"]
     opt = fused_so.NaturalGradient(
         model, 1.0, likelihood=likelihood, metric="hessian", solver="minres_qlp", damping=0.0,
-        max_iterations=2000, tolerance=1e-12, warm_start=False,
+        max_iterations=2000, tolerance=1e-12,
     )  # fmt: skip
     backward(opt, model, x, y)
     gradient = gradient_of(model)
@@ -255,8 +255,9 @@ def test_a_kronecker_factor_preconditions():
 def test_warm_start_takes_the_last_solution():
     model, x, y = problem()
     opt = fused_so.NaturalGradient(
-        model, 1e-9, likelihood=LIKELIHOODS["gaussian"], max_iterations=100, tolerance=1e-7
-    )
+        model, 1e-9, likelihood=LIKELIHOODS["gaussian"], max_iterations=100, tolerance=1e-7,
+        warm_start=True,
+    )  # fmt: skip
     iterations = []
     for _ in range(2):
         backward(opt, model, x, y)
@@ -500,8 +501,9 @@ def test_a_checkpoint_resumes_bit_for_bit():
         torch.manual_seed(6)
         model = chain(5, 4, 3)
         build = lambda m: fused_so.NaturalGradient(  # noqa: E731
-            m, 0.3, likelihood=fused_so.Categorical(), momentum=0.5, max_iterations=3
-        )
+            m, 0.3, likelihood=fused_so.Categorical(), momentum=0.5, max_iterations=3,
+            warm_start=True,
+        )  # fmt: skip
         opt = build(model)
         for t, (x, y) in enumerate(batches):
             if resumed and t == 3:
