@@ -72,13 +72,14 @@ class TONGA(LayerOptimizer):
         TypeError, ValueError: an option out of its range, a model without trainable nn.Linear,
             or a layer whose weight and bias are in different groups.
         RuntimeError: from `step`, if C cannot be factorized even with the damping raised a
-            thousandfold; nothing is changed.
+            thousandfold; no parameter is changed.
 
     Source: Pascanu and Bengio 2014, section 4.1, eq. 12 and 13. For cross-entropy, the uncentered
     C is what George 2017, section 3.4, offers as a cheap Gauss-Newton matrix. It is the empirical
     Fisher: each example's one observed target in place of an expectation over targets. It has
-    rank n at most, vanishes as the fit becomes perfect while the Gauss-Newton matrix does not, and
-    is close to that only where the model has become sure of the observed targets.
+    rank n at most, vanishes with the square of the residuals, faster than the Gauss-Newton matrix,
+    as the fit becomes perfect, and knows nothing of targets that were not observed; the two are
+    close only where the model's own targets would look like the observed ones.
     """
 
     def __init__(
@@ -138,10 +139,13 @@ class TONGA(LayerOptimizer):
         layer.batch.setdefault("rows", []).append((h, g))
 
     def _update(self) -> None:
+        found = []
+        # All before any is applied: a factorization that fails changes nothing.
         for group in self.param_groups:
             layered = [u for block in self._blocks(group) for u in self._block_updates(block)]
             plain = self._plain_updates(group, (update.param for update in layered))
-            kinds = [updates for updates in (layered, plain) if updates]
+            found.append((group, [updates for updates in (layered, plain) if updates]))
+        for group, kinds in found:
             for updates, bound in zip(kinds, self._bounds(group, kinds), strict=True):
                 self._apply(group, updates, bound)
 

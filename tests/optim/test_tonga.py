@@ -265,13 +265,21 @@ def test_a_batch_with_a_nan_is_skipped_and_forgotten():
 
 
 def test_a_gram_matrix_that_cannot_be_factorized_is_an_error_that_changes_nothing():
-    # Two examples alike: K is singular, and float32 cannot tell the damping from zero.
-    model = nn.Linear(2, 1)
-    opt = fused_so.TONGA(model, 0.1, 1e-30, **BARE)
-    x = torch.full((4, 2), 3.0)
+    # Examples alike: K is singular, and float32 cannot tell the damping from zero.
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.good, self.bad = nn.Linear(2, 1), nn.Linear(2, 1)
+
+        def forward(self, x):
+            return self.good(x[:1]).sum() + self.bad(x).sum()
+
+    model = Two()
+    groups = [{"params": m.parameters()} for m in (model.good, model.bad)]
+    opt = fused_so.TONGA(model, 0.1, 1e-30, params=groups, **BARE)
     before = flat(model.parameters())
     opt.zero_grad()
-    model(x).sum().backward()
+    model(torch.full((4, 2), 3.0)).backward()
     with pytest.raises(RuntimeError, match="not positive definite even with damping 1e-27; raise"):
         opt.step()
     assert torch.equal(flat(model.parameters()), before)
