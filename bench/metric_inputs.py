@@ -76,6 +76,7 @@ def _natural(
         model,
         likelihood=fused_so.Categorical(),
         metric_inputs=None if inputs is None else inputs(data, seed),
+        warm_start=True,
         **settings,
     )
 
