@@ -19,12 +19,14 @@ from torch.nn import functional as F
 import fused_so
 from bench import measure
 from bench.problems import autoencoder, cross_entropy
+from fused_so.optim.batches import Batch, Watch
+from fused_so.optim.metric import Metric
 
 # batch
 SIZES = [(1024,), (512,), (128,)]
 WIDTHS = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
 ROUNDS, ROUND_STEPS, BLOCK_STEPS = 2, 100, 10
-
+PRODUCTS = 20  # iterations of a step of truncated Newton
 LIKELIHOOD = fused_so.Bernoulli(reduction="batchmean")
 AMORTIZED = {"statistics_every": 10, "inverse_every": 100}
 OPTIMIZERS = {
@@ -39,6 +41,15 @@ OPTIMIZERS = {
     "kfac": lambda model: fused_so.KFAC(model, lr=1e-4, likelihood=LIKELIHOOD, **AMORTIZED),
     "ekfac": lambda model: fused_so.EKFAC(model, lr=1e-4, likelihood=LIKELIHOOD, **AMORTIZED),
     "ubp": lambda model: fused_so.UBP(model, lr=1e-4, likelihood=LIKELIHOOD),
+    "tonga": lambda model: fused_so.TONGA(model, lr=1e-4),
+    "gram": lambda model: fused_so.NaturalGradient(
+        model,
+        lr=1e-4,
+        likelihood=LIKELIHOOD,
+        solver="gram",
+        metric="empirical_fisher",
+        momentum=0.9,
+    ),
 }
 
 
@@ -135,3 +146,43 @@ def compare(benchmark, batch: int, steps: dict):
     measure.REPORT.steps.extend(rows)
     benchmark.extra_info["steps"] = rows
     benchmark.pedantic(list(steps.values())[-1], rounds=1, iterations=1)
+
+
+@pytest.mark.benchmark(group="steps")
+def test_truncated_newton(benchmark, size):
+    """A step of CG with 20 iterations, against 20 products with the metric and a gradient."""
+    (batch,) = size
+    x = torch.rand(batch, WIDTHS[0])
+    model = autoencoder(WIDTHS, 0)
+    optimizer = fused_so.NaturalGradient(
+        model, lr=1e-4, likelihood=LIKELIHOOD, max_iterations=PRODUCTS, tolerance=0.0
+    )
+    twin = autoencoder(WIDTHS, 0)
+    params = dict(twin.named_parameters())
+    metric = Metric(
+        Watch(twin), list(params), list(params.values()), LIKELIHOOD, "gauss_newton",
+        [Batch((x,), {})],
+    )  # fmt: skip
+    v = [torch.randn_like(p) for p in params.values()]
+
+    def gradient(of):
+        of.zero_grad()
+        cross_entropy(of(x), x).backward()
+
+    def step():
+        gradient(model)
+        optimizer.step()
+
+    def parts():
+        gradient(twin)
+        for _ in range(PRODUCTS):
+            metric(v)
+
+    measure.compare(
+        benchmark,
+        f"cg step of {PRODUCTS} iterations, batch {batch}",
+        step,
+        {"products and a gradient": parts},
+        compiled=False,
+        rounds=5,
+    )

@@ -40,6 +40,7 @@ def compare(
     bytes: float = 0,
     dtype: torch.dtype = torch.float32,
     compiled: bool = True,
+    rounds: int = ROUNDS,
 ) -> dict:
     """Times `ours` against each baseline, eager and under torch.compile, and reports.
 
@@ -49,6 +50,7 @@ def compare(
         flops, bytes: what `ours` must at least compute and move; the limit is the larger of the
             two times at the rates of a large product in `dtype` and of a large copy.
         compiled: also try torch.compile on every baseline (never in brief mode).
+        rounds: fewer for what takes seconds.
     """
     candidates = {"ours": ours, **baselines}
     if compiled and not REPORT.brief:
@@ -56,7 +58,7 @@ def compare(
             candidates[f"{baseline}, compiled"] = torch.compile(function, dynamic=False)
     product, product_flops = _product(dtype)
     copy, copy_bytes = _copy()
-    medians = interleave({**candidates, "product": product, "copy": copy})
+    medians = interleave({**candidates, "product": product, "copy": copy}, rounds)
 
     best = min((key for key in candidates if key != "ours"), key=medians.get)
     flop_rate = product_flops / medians["product"]
@@ -77,11 +79,13 @@ def compare(
     }
     REPORT.rows.append(row)
     benchmark.extra_info.update(row)
-    benchmark.pedantic(ours, rounds=BRIEF_ROUNDS if REPORT.brief else ROUNDS, iterations=1)
+    benchmark.pedantic(ours, rounds=BRIEF_ROUNDS if REPORT.brief else rounds, iterations=1)
     return row
 
 
-def interleave(candidates: dict[str, Callable[[], object]]) -> dict[str, float]:
+def interleave(
+    candidates: dict[str, Callable[[], object]], rounds: int = ROUNDS
+) -> dict[str, float]:
     """The median seconds of one call of each, all of them timed in turn in every round."""
     calls = {}
     for key, function in candidates.items():
@@ -92,7 +96,7 @@ def interleave(candidates: dict[str, Callable[[], object]]) -> dict[str, float]:
         once = time.perf_counter() - start
         calls[key] = 1 if REPORT.brief else max(1, round(SECONDS_A_ROUND / once))
     times = {key: [] for key in candidates}
-    for _ in range(BRIEF_ROUNDS if REPORT.brief else ROUNDS):
+    for _ in range(BRIEF_ROUNDS if REPORT.brief else rounds):
         for key, function in candidates.items():
             start = time.perf_counter()
             for _ in range(calls[key]):

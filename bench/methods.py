@@ -56,4 +56,8 @@ METHODS: dict[str, Method] = {
     "kfac": Method(_fused_so("KFAC", likelihood=True), {"lr": _decades(-2.5, 0)}, searched=False),
     "acp": Method(_fused_so("ACP"), {"lr": _decades(-2.5, 0)}, searched=False),
     "ubp": Method(_fused_so("UBP", likelihood=True), {"lr": _decades(-3.5, -1)}, searched=True),
+    "natural_gradient": Method(
+        _fused_so("NaturalGradient", likelihood=True), {"lr": _decades(-1.5, 0)}, searched=False
+    ),
+    "tonga": Method(_fused_so("TONGA"), {"lr": _decades(-2, 0)}, searched=False),
 }

@@ -3,9 +3,19 @@
 from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
 
-from fused_so import _extension, likelihoods, ops, reference
+from fused_so import _extension, likelihoods, ops, reference, solvers
 from fused_so.likelihoods import Bernoulli, Categorical, Gaussian
-from fused_so.optim import ACP, CGD, EKFAC, KFAC, NNN, UBP, Preconditioner
+from fused_so.optim import (
+    ACP,
+    CGD,
+    EKFAC,
+    KFAC,
+    NNN,
+    TONGA,
+    UBP,
+    NaturalGradient,
+    Preconditioner,
+)
 
 try:
     __version__ = _version("fused_so")
@@ -22,13 +32,16 @@ __all__ = [
     "KFAC",
     "LOADED_LIBRARIES",
     "NNN",
+    "TONGA",
     "UBP",
     "Bernoulli",
     "Categorical",
     "Gaussian",
+    "NaturalGradient",
     "Preconditioner",
     "__version__",
     "likelihoods",
     "ops",
     "reference",
+    "solvers",
 ]

@@ -45,6 +45,19 @@ class Capture:
         return inert, ()
 
 
+class Hook:
+    """A hook on a module that a copied or pickled model does not drag along."""
+
+    def __init__(self, function: Callable):
+        self._function = function
+
+    def __call__(self, *arguments) -> None:
+        self._function(*arguments)
+
+    def __reduce__(self):
+        return inert, ()
+
+
 def inert() -> Callable:
     """A hook that does nothing, for copies of models whose hooks belong to somebody else."""
     return _do_nothing

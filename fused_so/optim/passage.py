@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_so._dtypes import accumulate
-from fused_so.capture import inert
+from fused_so.capture import Hook
 from fused_so.optim.chain import Link
 
 
@@ -56,10 +56,10 @@ class Watch:
     ):
         self._links, self._check, self._receive = links, check, receive
         self._passage: Passage | None = None
-        hooks = [(link.linear, _Hook(self._enter, i)) for i, link in enumerate(links)]
+        hooks = [(link.linear, _hook(self._enter, i)) for i, link in enumerate(links)]
         self._handles = [
             module.register_forward_hook(hook, with_kwargs=True)
-            for module, hook in (*hooks, (last, _Hook(self._end)))
+            for module, hook in (*hooks, (last, _hook(self._end)))
         ]
 
     def remove(self) -> None:
@@ -102,14 +102,8 @@ def _keep_gradient(h: Tensor, passage: Passage, index: int) -> None:
     h.register_hook(keep)
 
 
-class _Hook:
-    """A forward hook that a copied or pickled model does not drag along."""
+def _hook(call: Callable, *first: object) -> Hook:
+    def run(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+        call(*first, *args, *kwargs.values(), output)
 
-    def __init__(self, call: Callable, *first: object):
-        self._call, self._first = call, first
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
-        self._call(*self._first, *args, *kwargs.values(), output)
-
-    def __reduce__(self):
-        return inert, ()
+    return Hook(run)

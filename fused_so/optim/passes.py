@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from fused_so.capture import Capture, inert
+from fused_so.capture import Capture, Hook
 from fused_so.likelihoods import Likelihood
 
 SAMPLED = ("sampled", "gauss_newton", "exact")
@@ -53,8 +53,8 @@ class OutputPasses:
         self._likelihood, self._kind = likelihood, kind
         self._captures, self._wanted = captures, wanted
         self._handles = [
-            model.register_forward_pre_hook(_Hook(self._begin)),
-            model.register_forward_hook(_Hook(self._end)),
+            model.register_forward_pre_hook(Hook(self._begin)),
+            model.register_forward_hook(Hook(self._end)),
         ]
 
     def remove(self) -> None:
@@ -105,14 +105,3 @@ class OutputPasses:
             # sum_ik S_k S_k^T is the mean over i and k of n o of them
             columns = likelihood.curvature_sqrt_columns(outputs)
             yield from math.sqrt(n * len(columns)) * columns
-
-
-class _Hook:
-    def __init__(self, function: Callable):
-        self._function = function
-
-    def __call__(self, *arguments) -> None:
-        self._function(*arguments)
-
-    def __reduce__(self):
-        return inert, ()

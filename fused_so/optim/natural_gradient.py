@@ -1,0 +1,313 @@
+"""Natural gradient by truncated Newton steps, or by an exact step from a Gram matrix."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_so.likelihoods import Likelihood, likelihood_of
+from fused_so.ops import _check
+from fused_so.optim.base import ModelOptimizer, check_choice, check_count, check_number
+from fused_so.optim.batches import Batch, Inputs, Watch, batch_of
+from fused_so.optim.exact import ExactSteps
+from fused_so.optim.metric import METRICS, OF_TARGETS, examples_of
+from fused_so.optim.truncated import TruncatedSteps
+from fused_so.optim.trust import Trust
+from fused_so.solvers import Solution
+
+SOLVERS = ("cg", "minres_qlp", "gram")
+
+
+class NaturalGradient(ModelOptimizer):
+    r"""Steps along (G + lambda I)^-1 p.grad, with G the metric of the model's distributions.
+
+    .. math:: G = \sum_i J_i^T D_i J_i
+
+    for any differentiable module whose output is one tensor, the parameters of a `likelihood`. G
+    is never made: cg and minres_qlp know it by products, one forward-mode and one reverse-mode
+    pass each, and gram by inner products of per-example gradients.
+
+    The usual loop works: a hook keeps the inputs of the model's calls, and the gradients of its
+    outputs, from the backward pass to the step. `p.grad` is the right-hand side and only read, so
+    clipping and accumulation (of means over equally many micro-batches) work. The model is called
+    once more in a step (not by gram with "empirical_fisher"), and draws its dropout anew there;
+    buffers stay. Its functions must be twice differentiable (of attention, the math backend is).
+
+    Args:
+        model: the module to train.
+        lr: the learning rate, >= 0.
+        likelihood: a `fused_so.likelihoods` Likelihood with the reduction of the loss, or the
+            nn.MSELoss, nn.BCEWithLogitsLoss or nn.CrossEntropyLoss that is minimized.
+        solver: "cg", for which G + damping must be positive definite; "minres_qlp", which takes
+            an indefinite or singular one too; "gram", the exact step, for a model all of whose
+            trained parameters are those of nn.Linear layers that are called once, on an example
+            a row.
+        metric: "gauss_newton", which is the Fisher matrix (gram: for small outputs, as it has a
+            row an example and output); "sampled_fisher", an estimate of it by targets drawn from
+            the model; "empirical_fisher", with the targets of the loss (for cross-entropy the
+            cheap Gauss-Newton of George 2017, section 3.4; `TONGA` has its limits); or "hessian"
+            (not gram).
+        damping: lambda >= 0, in units of G, which are those of the loss; > 0 for gram. The same
+            in all param groups.
+        adapt_damping_every: adjust damping every so many steps by the reduction ratio; None: it
+            is fixed. Takes the loss again, after the step: see `step`.
+        line_search: halve the step until the loss falls by a hundredth of what its slope
+            promises; after ten times the parameters stay. Takes the loss again.
+        max_iterations, tolerance, progress: of the solver, as in `fused_so.solvers`.
+        warm_start: start the solver from the last solution, for a product more. The attribute
+            `last_solution` has all that the solver said.
+        preconditioner: r -> M^-1 r for the solver, lists of tensors in the order of the
+            parameters, those without a gradient left out.
+        metric_inputs: an iterable of inputs (a loader of unlabeled ones, say) for the metric
+            instead of those of the gradient, one a step, round and round: a tensor, a tuple of
+            arguments or a dict of keyword arguments. None: those of the gradient. The attribute
+            may be set at any time.
+        momentum, nesterov, weight_decay, max_norm: as for `ACP`; the norm is that of
+            G + damping, over all param groups.
+        grad_scaler: the torch.amp.GradScaler in use, if any; "empirical_fisher" and "hessian" see
+            gradients before they are unscaled.
+        params: parameters or param groups; by default all of the model's that require a gradient.
+            A group may set lr, momentum, nesterov, weight_decay and max_norm.
+
+    Raises:
+        TypeError, ValueError: an option out of its range, or a model that solver does not take.
+
+    A solution that cannot be used (a product with a NaN, a singular metric with nothing to damp
+    it, no direction of descent) leaves the parameters as they are, and one warning says why.
+
+    Source: Pascanu and Bengio 2014, sections 3, 5, 7 and 8.3. cg and minres_qlp wait for the
+    device in every iteration.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 0.5,
+        *,
+        likelihood: Likelihood | nn.Module,
+        solver: str = "cg",
+        metric: str = "gauss_newton",
+        damping: float = 0.1,
+        adapt_damping_every: int | None = None,
+        line_search: bool = False,
+        max_iterations: int = 20,
+        tolerance: float = 1e-4,
+        progress: float | None = None,
+        warm_start: bool = False,
+        preconditioner: Callable[[list[Tensor]], list[Tensor]] | None = None,
+        metric_inputs: Iterable | None = None,
+        momentum: float = 0.0,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+        max_norm: float | None = None,
+        grad_scaler: torch.amp.GradScaler | None = None,
+        params: Iterable | None = None,
+    ):
+        check_choice("solver", solver, SOLVERS)
+        check_choice("metric", metric, METRICS)
+        if solver == "gram" and metric == "hessian":
+            raise ValueError("metric must not be 'hessian' for solver 'gram'")
+        _check.boolean("line_search", line_search)
+        _check.boolean("warm_start", warm_start)
+        if adapt_damping_every is not None:
+            check_count("adapt_damping_every", adapt_damping_every)
+        if grad_scaler is not None and not isinstance(grad_scaler, torch.amp.GradScaler):
+            raise TypeError(
+                f"grad_scaler must be a torch.amp.GradScaler, got {type(grad_scaler).__name__}"
+            )
+        TruncatedSteps.check(max_iterations, tolerance, progress, preconditioner)
+        of_outputs = likelihood_of(likelihood)
+        self._metric, self._exact, self._warm_start = metric, solver == "gram", warm_start
+        self._trust = Trust(adapt_damping_every, line_search)
+        self._grad_scaler = grad_scaler
+        self.last_solution: Solution | None = None
+        self.metric_inputs = metric_inputs
+        options = {
+            "lr": lr,
+            "damping": damping,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "weight_decay": weight_decay,
+            "max_norm": max_norm,
+        }
+        super().__init__(model, options, params)
+        self._watch = Watch(model)
+        if self._exact:
+            self._steps_of = ExactSteps(self._watch, of_outputs, metric)
+        else:
+            self._steps_of = TruncatedSteps(
+                self._watch,
+                of_outputs,
+                metric,
+                solver,
+                max_iterations=max_iterations,
+                tolerance=tolerance,
+                progress=progress,
+                preconditioner=preconditioner,
+            )
+        try:
+            self._adopt()
+        except ValueError:
+            self.remove_hooks()
+            raise
+
+    @property
+    def metric_inputs(self) -> Iterable | None:
+        return self._given_inputs
+
+    @metric_inputs.setter
+    def metric_inputs(self, inputs: Iterable | None) -> None:
+        if inputs is not None and self._metric in OF_TARGETS:
+            raise ValueError(
+                f"metric_inputs must be None for metric {self._metric!r}, which needs targets"
+            )
+        self._inputs = None if inputs is None else Inputs(inputs)
+        self._given_inputs = inputs
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        super().check_group(group)
+        check_number("damping", group["damping"], 0.0, positive=self._exact)
+        first = self.param_groups[0]["damping"]
+        if group["damping"] != first:
+            raise ValueError(
+                f"damping must be the same in all param groups, got {first} and {group['damping']}"
+            )
+        self._trust.check_group(group)
+
+    def _adopt(self) -> None:
+        names = {p: name for name, p in self._watch.module.named_parameters()}
+        params = [p for group in self.param_groups for p in group["params"]]
+        for p in params:
+            if p not in names:
+                raise ValueError(
+                    f"params must be parameters of the model, got one of shape {tuple(p.shape)} "
+                    f"that is not"
+                )
+        self._steps_of.adopt({p: names[p] for p in params})
+
+    @property
+    def damping(self) -> float:
+        """lambda, as it is now."""
+        return self.param_groups[0]["damping"]
+
+    def step(self, closure: Callable[[], Any] | None = None, *, metric_inputs: Any = None) -> Any:
+        """Updates the parameters from their gradients.
+
+        Args:
+            closure: computes the loss and its gradients, as for any torch optimizer. It is called
+                again where damping adapts or a line search runs; p.grad keeps what it was.
+            metric_inputs: the inputs whose metric this step takes, as one batch of the
+                attribute: a tensor, a tuple of arguments or a dict of keyword arguments.
+
+        Raises:
+            TypeError, ValueError: metric_inputs cannot be used; an adapting damping or a line
+                search without closure; no backward pass through the model since the last step.
+        """
+        batch = None
+        if metric_inputs is not None:
+            if self._metric in OF_TARGETS:
+                raise ValueError(
+                    f"metric_inputs must be None for metric {self._metric!r}, which needs targets"
+                )
+            batch = batch_of(metric_inputs)
+        self._trust.begin(closure)
+        self._step_inputs = batch
+        try:
+            return super().step(None if closure is None else self._trust.closure)
+        finally:
+            self._forget_batch()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears the gradients, and with them what the next step would know of their batch."""
+        super().zero_grad(set_to_none)
+        self._forget_batch()
+
+    def _forget_batch(self) -> None:
+        self._watch.batches.clear()
+        self._steps_of.forget()
+
+    def remove_hooks(self) -> None:
+        """Detaches the optimizer from the model; it can no longer learn of batches."""
+        self._watch.remove()
+        self._steps_of.remove_hooks()
+
+    def _update(self) -> None:
+        grouped = [(group, self._plain_updates(group)) for group in self.param_groups]
+        updates = [update for _, own in grouped for update in own]
+        if not updates:
+            return
+        deltas = self._deltas([update.param for update in updates])
+        if deltas is None:
+            return
+        grouped = [
+            (group, [update._replace(delta=deltas[update.param]) for update in own])
+            for group, own in grouped
+        ]
+        updates = [update for _, own in grouped for update in own]
+
+        def apply(scale: float) -> None:
+            for group, own in grouped:
+                if own:
+                    # One norm for all groups, which the metric couples.
+                    (bound,) = self._bounds(group, [updates])
+                    self._apply(group, own, bound * scale)
+
+        def look(closure: Callable[[], Any]) -> Any:
+            with torch.enable_grad():
+                return self._watch.quietly(closure)
+
+        failure = self._trust.take(self.param_groups, updates, self._steps, apply, look)
+        if failure:
+            self._skip(f"{failure} along the step")
+
+    def _deltas(self, params: list[Tensor]) -> dict[Tensor, Tensor] | None:
+        """The solution for every parameter, or None if the step is to be skipped."""
+        seen = [self._unscaled(batch) for batch in self._watch.batches]
+        if not seen:
+            raise ValueError(
+                "no backward pass went through a call of the model since the last step or "
+                "zero_grad; call the model itself, and backward before step"
+            )
+        batches, examples = seen, None
+        if self._step_inputs is not None or self._inputs is not None:
+            batches = [self._step_inputs or self._inputs.next()]
+            examples = sum(examples_of(batch.score) for batch in seen)
+        if self._exact:
+            waits = not self._readback.waits_for(params[0])
+            found = self._steps_of.deltas(
+                params, batches, examples, self.damping, self._loss_scale(), waits
+            )
+            return dict(zip(params, found, strict=True))
+        last = [self.state[p].get("solution") for p in params]
+        start = last if self._warm_start and all(x is not None for x in last) else None
+        solution, failure = self._steps_of.solve(params, batches, examples, self.damping, start)
+        self.last_solution = solution
+        if math.isnan(solution.residual):
+            self._warn_unless_finite(torch.tensor(False))
+        elif failure:
+            self._skip(failure)
+        if failure is not None:
+            return None
+        if self._warm_start:
+            for p, x in zip(params, solution.x, strict=True):
+                self.state[p]["solution"] = x
+        return dict(zip(params, solution.x, strict=True))
+
+    def _skip(self, reason: str) -> None:
+        self._warn_once(
+            ("skip", reason),
+            f"{reason}; such steps are skipped (more damping may help, or solver 'minres_qlp')",
+        )
+
+    def _loss_scale(self) -> Tensor | float:
+        """What the loss was multiplied by before the backward pass."""
+        scale = None if self._grad_scaler is None else self._grad_scaler._scale
+        return 1.0 if scale is None else scale
+
+    def _unscaled(self, batch: Batch) -> Batch:
+        scale = self._loss_scale()
+        return batch._replace(score=batch.score / scale) if isinstance(scale, Tensor) else batch

@@ -1,0 +1,212 @@
+"""TONGA, descent in the metric of the gradients' covariance (Le Roux, Manzagol and Bengio 2008)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_so._dtypes import accumulate
+from fused_so.ops import _check
+from fused_so.optim.base import Update, check_choice, check_count, check_number
+from fused_so.optim.gram import Rows, common_scale, damped_step, joined
+from fused_so.optim.layers import Layer, LayerOptimizer
+from fused_so.optim.past import draw, with_past
+
+
+class TONGA(LayerOptimizer):
+    r"""Preconditions the gradient by the covariance of the examples' gradients, all layers at once.
+
+    .. math::
+        \Delta = (\lambda I + C)^{-1} \bar g, \qquad C = \frac1n \sum_i g_i g_i^T, \qquad
+        \lambda = \epsilon + \frac\delta{n^2} \sum_i ||g_i||^2
+
+    with g_i example i's own gradient (that of a mean over examples times n) and their mean. The
+    full matrix costs one (n, n) inner product and Cholesky factorization, and one product more
+    than a gradient has: see `fused_so.optim.gram`.
+
+    If `centered`, the mean's own part is subtracted from C. Within one batch that only lengthens
+    the step, by n / (lambda sum_i w_i) with w = (lambda I + K / n)^-1 1: the direction is the
+    same. The step is then a weighted mean of the examples' gradients over lambda, for which
+    examples in directions of high variance weigh less. Uncentered, a step of lr 1 changes the
+    losses of the batch's examples by at most 1 in the root mean square.
+
+    With `decay`, C is an average over past batches too, weighted by powers of decay, around the
+    average gradient if `centered`. Of the past it keeps `directions` examples a layer in the form
+    (g_i, h_i), which takes directions (in + out) numbers a layer and not in times out each, and
+    so many rows more in the products. After each step they are drawn anew from the old ones and
+    the batch, in proportion to their part in the trace of C, and weighted so that the expectation
+    of C is kept.
+
+    An example is a row of a layer's input: positions of a sequence count as examples. Layers with
+    equally many rows share a C, others have one of their own. Parameters that no nn.Linear owns
+    take momentum SGD with the same lr, and a warning lists them. `p.grad` is only read; a step
+    takes a product more where it has been changed otherwise than by a factor (weight penalties in
+    the loss), and always on a GPU, where looking would mean waiting.
+
+    Args:
+        model: the module to train.
+        lr: the learning rate, >= 0.
+        damping: epsilon >= 0, in units of squared gradients of one example.
+        relative_damping: delta >= 0, relative to the mean of the n eigenvalues that an uncentered
+            C can have besides zero. One of the two is positive.
+        centered: use the covariance, or the uncentered second moment.
+        decay: what an average over past batches keeps of itself in a step, in (0, 1); None: C is
+            the batch's alone.
+        directions: how many past examples stand for the past, >= 1.
+        momentum: of the preconditioned updates, in [0, 1].
+        nesterov: take the look-ahead form of momentum.
+        weight_decay: >= 0, outside the metric: added to the update times the parameter.
+        max_norm: an upper bound for the norm of a param group's update in its damped metric; None
+            for no bound.
+        loss_reduction: "mean" if the loss is a mean over examples, "sum" if it is a sum. The step
+            is the same.
+        grad_scaler: the torch.amp.GradScaler in use, if any; rows are seen before they are
+            unscaled.
+        params: parameters or param groups; by default all of the model's that require a gradient.
+            A group may set any option but decay, directions, loss_reduction and grad_scaler.
+
+    Raises:
+        TypeError, ValueError: an option out of its range, a model without trainable nn.Linear,
+            or a layer whose weight and bias are in different groups.
+        RuntimeError: from `step`, if C cannot be factorized even with the damping raised a
+            thousandfold; no parameter is changed.
+
+    Source: Pascanu and Bengio 2014, section 4.1, eq. 12 and 13. For cross-entropy, the uncentered
+    C is what George 2017, section 3.4, offers as a cheap Gauss-Newton matrix. It is the empirical
+    Fisher: each example's one observed target in place of an expectation over targets. It has
+    rank n at most, vanishes with the square of the residuals, faster than the Gauss-Newton matrix,
+    as the fit becomes perfect, and knows nothing of targets that were not observed; the two are
+    close only where the model's own targets would look like the observed ones.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 0.1,
+        damping: float = 0.0,
+        *,
+        relative_damping: float = 0.1,
+        centered: bool = False,
+        decay: float | None = None,
+        directions: int = 128,
+        momentum: float = 0.9,
+        nesterov: bool = True,
+        weight_decay: float = 0.0,
+        max_norm: float | None = None,
+        loss_reduction: str = "mean",
+        grad_scaler: torch.amp.GradScaler | None = None,
+        params: Iterable | None = None,
+    ):
+        check_choice("loss_reduction", loss_reduction, ("mean", "sum"))
+        if decay is not None:
+            check_number("decay", decay, 0.0, 1.0, positive=True)
+            if decay == 1:
+                raise ValueError("decay must be less than 1, got 1")
+        check_count("directions", directions)
+        if grad_scaler is not None and not isinstance(grad_scaler, torch.amp.GradScaler):
+            raise TypeError(
+                f"grad_scaler must be a torch.amp.GradScaler, got {type(grad_scaler).__name__}"
+            )
+        self._decay, self._directions = decay, directions
+        self._loss_reduction, self._grad_scaler = loss_reduction, grad_scaler
+        options = {
+            "lr": lr,
+            "damping": damping,
+            "relative_damping": relative_damping,
+            "centered": centered,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "weight_decay": weight_decay,
+            "max_norm": max_norm,
+        }
+        super().__init__(model, options, params)
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        super().check_group(group)
+        check_number("damping", group["damping"], 0.0)
+        check_number("relative_damping", group["relative_damping"], 0.0)
+        if not group["damping"] and not group["relative_damping"]:
+            raise ValueError("damping or relative_damping must be positive, got 0 for both")
+        _check.boolean("centered", group["centered"])
+
+    def captures(self, layer: Layer) -> bool:
+        return True
+
+    def receive(self, layer: Layer, h: Tensor, g: Tensor) -> None:
+        layer.batch.setdefault("rows", []).append((h, g))
+
+    def _update(self) -> None:
+        found = []
+        # All before any is applied: a factorization that fails changes nothing.
+        for group in self.param_groups:
+            layered = [u for block in self._blocks(group) for u in self._block_updates(block)]
+            plain = self._plain_updates(group, (update.param for update in layered))
+            found.append((group, [updates for updates in (layered, plain) if updates]))
+        for group, kinds in found:
+            for updates, bound in zip(kinds, self._bounds(group, kinds), strict=True):
+                self._apply(group, updates, bound)
+
+    def _blocks(self, group: dict[str, Any]) -> list[list[tuple[Layer, Rows]]]:
+        """The group's layers with what they received, those with equally many rows together."""
+        blocks: dict[tuple, list[tuple[Layer, Rows]]] = {}
+        for layer in self._layers:
+            if layer.group is not group or layer.module.weight.grad is None:
+                continue
+            calls = layer.batch.get("rows")
+            if not calls:
+                self._warn_once(
+                    ("unseen", layer.name),
+                    f"no batch of layer {layer.name!r} was observed (is its weight used without "
+                    f"calling the module?); it takes the plain gradient",
+                )
+                continue
+            h, g = (accumulate(joined(parts)) for parts in zip(*calls, strict=True))
+            if not len(h):
+                continue
+            bias = None if layer.bias is None else layer.bias.grad
+            rows = Rows(g, h, layer.module.weight.grad, bias)
+            blocks.setdefault((len(h), h.device, h.dtype), []).append((layer, rows))
+        return list(blocks.values())
+
+    def _block_updates(self, block: list[tuple[Layer, Rows]]) -> list[Update]:
+        layers, rows = zip(*block, strict=True)
+        n, group = len(rows[0].h), layers[0].group
+        ones = rows[0].g.new_ones(n)
+        # unit r_i is the gradient of example i alone, and p.grad = c sum_i r_i if c is known.
+        unit = ones * (n if self._loss_reduction == "mean" else 1)
+        if self._grad_scaler is not None and self._grad_scaler._scale is not None:
+            unit = unit / self._grad_scaler._scale.to(ones)
+        summed = 1 if self._loss_reduction == "mean" else n
+        c = None if self._readback.waits_for(ones) else common_scale(rows)
+        weights, pool, shares = ones / n, list(rows), None if c is None else c * ones
+        states = [layer.state for layer in layers]
+        members = [self._layers.index(layer) for layer in layers]
+        if self._decay is not None:
+            weights, unit, pool = with_past(states, members, rows, unit, self._decay)
+            shares = None if c is None else torch.cat([shares, torch.zeros_like(unit[n:])])
+        roots = weights.sqrt()
+        scales = roots * unit
+        step = damped_step(
+            pool,
+            scales=scales,
+            damping=group["damping"],
+            relative_damping=group["relative_damping"],
+            mean=roots if group["centered"] else None,
+            # b = sum_i (c / scales_i) u_i; directions without weight have no part in it
+            share=None if c is None else torch.where(shares != 0, shares / scales, 0.0),
+            waits=not self._readback.waits_for(ones),
+        )
+        if self._decay is not None:
+            # The step's number as the seed, so that a resumed run draws the same.
+            energies, count = step.energies, self._directions
+            draw(states, members, pool, weights, unit, energies, count, self._steps)
+        updates = []
+        for layer, pair in zip(layers, step.updates, strict=True):
+            for param, update in zip((layer.module.weight, layer.bias), pair, strict=True):
+                if update is not None:
+                    delta = update if summed == 1 else update.div_(summed)
+                    updates.append(Update(param, delta, summed))
+        return updates
