@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fused_so
+from bench.environment import environment
 from bench.problems import Examples
-from bench.report import environment
 from bench.training import batches
 
 LABELED, VALIDATION, TEST, BATCH, HIDDEN = 300, 200, 397, 100, 100
