@@ -25,7 +25,8 @@ from fused_so._dtypes import accumulate_dtype
 from fused_so.optim.base import Update, check_count, check_number
 from fused_so.optim.layers import Layer, LayerOptimizer
 
-_LARGEST_BOOST = 1000.0
+BOOSTS = (1.0, 10.0, 100.0, 1000.0)
+"""What the damping of a factor that is not positive definite is multiplied by, in turn."""
 
 
 class Factor(NamedTuple):
@@ -362,7 +363,7 @@ class KroneckerOptimizer(LayerOptimizer):
         factors = [factor for factor, _ in jobs]
         covariances = [factor.get("covariance") for factor in factors]
         damping = torch.stack(
-            [_boosted(d, c, boost) for (_, d), c in zip(jobs, covariances, strict=True)]
+            [boosted(d, c, boost) for (_, d), c in zip(jobs, covariances, strict=True)]
         )
         # Algorithm 4, line 7, of George 2017.
         inverses, info = ops.damped_inverse(covariances, damping)
@@ -375,11 +376,8 @@ class KroneckerOptimizer(LayerOptimizer):
 
     def _retry(self, jobs: list, damping: Tensor, boost: float, info: Tensor) -> None:
         failed = [i for i, failure in enumerate(info.tolist()) if failure]
-        if failed and boost >= _LARGEST_BOOST:
-            raise RuntimeError(
-                f"the covariance of {jobs[failed[0]][0]} is not positive definite even with "
-                f"damping {damping[failed[0]].item():.3g}; raise damping or relative_damping"
-            )
+        if failed and boost >= BOOSTS[-1]:
+            raise not_positive_definite(jobs[failed[0]][0], damping[failed[0]])
         self._invert([jobs[i] for i in failed], 10 * boost)
 
     # What can be plotted.
@@ -414,7 +412,14 @@ class KroneckerOptimizer(LayerOptimizer):
         return report
 
 
-def _boosted(damping: Tensor, covariance: Tensor, boost: float) -> Tensor:
+def not_positive_definite(factor: Factor, damping: Tensor) -> RuntimeError:
+    return RuntimeError(
+        f"the covariance of {factor} is not positive definite even with damping "
+        f"{damping.item():.3g}; raise damping or relative_damping"
+    )
+
+
+def boosted(damping: Tensor, covariance: Tensor, boost: float) -> Tensor:
     if boost == 1:
         return damping
     # Ten times nothing is nothing: a retry starts from the rounding of the variance.

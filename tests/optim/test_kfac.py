@@ -7,6 +7,10 @@ import math
 
 import pytest
 import torch
+from torch import nn
+
+import fused_so
+from fused_so.optim.kfac import STRUCTURES
 from tests.optim.nets import (
     DOUBLE,
     LIKELIHOODS,
@@ -28,10 +32,6 @@ from tests.optim.nets import (
     values,
     vec,
 )
-from torch import nn
-
-import fused_so
-from fused_so.optim.kfac import STRUCTURES
 
 KINDS = list(LIKELIHOODS)
 REDUCTIONS = ("mean", "batchmean", "sum")
@@ -102,7 +102,9 @@ def flat(layer):
 
 
 def flat_step(layer, old):
-    return torch.cat([(a - p.detach()).reshape(-1) for a, p in zip(old, layer.parameters())])
+    return torch.cat(
+        [(a - p.detach()).reshape(-1) for a, p in zip(old, layer.parameters(), strict=True)]
+    )
 
 
 def test_linear_network_takes_the_exact_gauss_newton_step_of_every_layer():
