@@ -280,6 +280,7 @@ class KroneckerOptimizer(LayerOptimizer):
             state[covariance], state[mean], x, decay=seen / (seen + n), centered=factor.centered
         )
         state[examples] += n
+        layer.averaged = True
 
         def reject(value: Tensor) -> None:
             if not value:
@@ -312,7 +313,8 @@ class KroneckerOptimizer(LayerOptimizer):
             return True
         if every != "auto":
             return self.due(every)
-        if layer.batch.get("input_discounted"):
+        if layer.averaged:
+            layer.averaged = False
 
             def judge(drifted: Tensor) -> None:
                 layer.stale = bool(drifted)
@@ -343,7 +345,7 @@ class KroneckerOptimizer(LayerOptimizer):
         """Replaces the layers' inverses; one that fails keeps its last good value, or zero."""
         for layer in layers:
             layer.state["refreshes"] = layer.state.get("refreshes", 0) + 1
-            layer.stale = False
+            layer.averaged = layer.stale = False
         self.invert_factors(layers)
 
     def invert_factors(self, layers: list[Layer]) -> None:
