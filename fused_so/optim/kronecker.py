@@ -168,7 +168,9 @@ class KroneckerOptimizer(LayerOptimizer):
             self._apply(group, updates, bound, weight_decay=0.0 if layered else None)
         elif kind == "layers":
             for param, delta, *_ in updates:
-                param.grad.copy_(delta.mul_(bound.to(delta)))
+                bound = bound.to(delta)
+                # 0 where a gradient is not finite, and delta neither
+                param.grad.copy_(torch.where(bound > 0, bound * delta, 0.0))
 
     def _updates(self, group: dict) -> dict[str, list[Update]]:
         """The updates of the "layers" and of the "plain" parameters, where there are any.

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fused_so._dtypes import accumulate_dtype
 from fused_so.optim.kronecker import (
     BOOSTS,
     Factor,
@@ -57,10 +58,10 @@ class TridiagonalInverse:
         seen = state.get(factor.key("examples"), 0.0)
         if not batch.get(f"{factor.side}_discounted"):
             seen *= factor.layer.group["decay"]
-        mean = state.get(factor.key("mean"))
-        batch[f"{factor.side}_cross"] = Batch(
-            x, torch.zeros_like(x[0]) if mean is None else mean.clone(), seen / (seen + len(x))
+        mean = state.get(
+            factor.key("mean"), x.new_zeros(x.shape[1], dtype=accumulate_dtype(x.dtype))
         )
+        batch[f"{factor.side}_cross"] = Batch(x, mean.clone(), seen / (seen + len(x)))
         for layer, following in self._pairs():
             # A backward pass comes to the following layer first.
             if layer is factor.layer:
