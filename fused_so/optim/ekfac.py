@@ -122,7 +122,14 @@ class EKFAC(FisherOptimizer):
             layer.batch["diagonal_discounted"] = True
         state["diagonal_examples"] += n
         mixed = state["diagonal"].lerp(batch, n / state["diagonal_examples"])
-        state["diagonal"] = torch.where(mixed.isfinite().all(), mixed, state["diagonal"])
+        finite = mixed.isfinite().all()
+        state["diagonal"] = torch.where(finite, mixed, state["diagonal"])
+
+        def reject(value: Tensor) -> None:
+            if not value:
+                state["diagonal_examples"] -= n
+
+        self._readback.watch(finite, reject)
 
     def _center(self, layer: Layer) -> Tensor:
         mean = layer.state["mean"]
@@ -147,7 +154,7 @@ class EKFAC(FisherOptimizer):
             if layer.centered:
                 inputs = torch.cat([inputs, inputs.new_ones(1)])
             state["diagonal"] = state["output_values"][:, None] * inputs
-            state["diagonal_examples"] = state["examples"]
+            state["diagonal_examples"] = state["output_examples"]
 
     def solve(self, factor: Factor, v: Tensor) -> Tensor:
         values, basis = factor.get("values"), factor.get("basis")
@@ -161,6 +168,10 @@ class EKFAC(FisherOptimizer):
         grad_weight, grad_bias = (grad.to(m) for grad in self.gradients(layer))
         diagonal = state["diagonal"]
         damped = diagonal + (group["damping"] + group["relative_damping"] * diagonal.mean())
+        if not group["damping"] and not group["relative_damping"]:
+            # What has no curvature is left alone.
+            floor = max(damped.shape) * torch.finfo(damped.dtype).eps * damped.amax()
+            damped = torch.where(damped > floor, damped, torch.inf)
         # dW = E_G [E_G^T (grad_W - grad_b m^T) E_C / S] E_C^T
         projected = e_out.mT @ grad_weight.addr(grad_bias, m, alpha=-1) @ e_in
         dw = e_out @ (projected / damped[:, : len(m)]) @ e_in.mT

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fused_so._dtypes import accumulate
 from fused_so.likelihoods import Likelihood, likelihood_of
 from fused_so.optim.base import check_choice, check_number
 from fused_so.optim.kronecker import Factor, KroneckerOptimizer
@@ -106,7 +107,7 @@ class FisherOptimizer(KroneckerOptimizer):
         if self._grad_scaler is not None and self._grad_scaler._scale is not None:
             # get_scale() would synchronize
             scale = scale / self._grad_scaler._scale.to(g.device, torch.float32)
-        return g * scale
+        return accumulate(g) * scale  # in float16 what was scaled would underflow
 
     def curvature_scale(self, layer: Layer) -> float:
         # F is that of the loss; the bound is on twice the divergence an example, N / n of it.

@@ -24,7 +24,8 @@ from fused_so._dtypes import accumulate_dtype
 from fused_so.optim.base import Update, check_count, check_number
 from fused_so.optim.layers import Layer, LayerOptimizer, probe
 
-_LARGEST_BOOST = 1000.0
+BOOSTS = (1.0, 10.0, 100.0, 1000.0)
+"""What the damping of a factor that is not positive definite is multiplied by, in turn."""
 
 
 class Factor(NamedTuple):
@@ -166,7 +167,9 @@ class KroneckerOptimizer(LayerOptimizer):
             self._apply(group, updates, bound, weight_decay=0.0 if layered else None)
         elif kind == "layers":
             for param, delta, *_ in updates:
-                param.grad.copy_(delta.mul_(bound.to(delta)))
+                bound = bound.to(delta)
+                # 0 where a gradient is not finite, and delta neither
+                param.grad.copy_(torch.where(bound > 0, bound * delta, 0.0))
 
     def _updates(self, group: dict) -> dict[str, list[Update]]:
         """The updates of the "layers" and of the "plain" parameters, where there are any.
@@ -278,6 +281,7 @@ class KroneckerOptimizer(LayerOptimizer):
             state[covariance], state[mean], x, decay=seen / (seen + n), centered=factor.centered
         )
         state[examples] += n
+        layer.averaged = True
 
         def reject(value: Tensor) -> None:
             if not value:
@@ -310,7 +314,8 @@ class KroneckerOptimizer(LayerOptimizer):
             return True
         if every != "auto":
             return self.due(every)
-        if layer.batch.get("input_discounted"):
+        if layer.averaged:
+            layer.averaged = False
 
             def judge(drifted: Tensor) -> None:
                 layer.stale = bool(drifted)
@@ -341,7 +346,7 @@ class KroneckerOptimizer(LayerOptimizer):
         """Replaces the layers' inverses; one that fails keeps its last good value, or zero."""
         for layer in layers:
             layer.state["refreshes"] = layer.state.get("refreshes", 0) + 1
-            layer.stale = False
+            layer.averaged = layer.stale = False
         self.invert_factors(layers)
 
     def invert_factors(self, layers: list[Layer]) -> None:
@@ -361,7 +366,7 @@ class KroneckerOptimizer(LayerOptimizer):
         factors = [factor for factor, _ in jobs]
         covariances = [factor.get("covariance") for factor in factors]
         damping = torch.stack(
-            [_boosted(d, c, boost) for (_, d), c in zip(jobs, covariances, strict=True)]
+            [boosted(d, c, boost) for (_, d), c in zip(jobs, covariances, strict=True)]
         )
         # Algorithm 4, line 7, of George 2017.
         inverses, info = ops.damped_inverse(covariances, damping)
@@ -374,11 +379,8 @@ class KroneckerOptimizer(LayerOptimizer):
 
     def _retry(self, jobs: list, damping: Tensor, boost: float, info: Tensor) -> None:
         failed = [i for i, failure in enumerate(info.tolist()) if failure]
-        if failed and boost >= _LARGEST_BOOST:
-            raise RuntimeError(
-                f"the covariance of {jobs[failed[0]][0]} is not positive definite even with "
-                f"damping {damping[failed[0]].item():.3g}; raise damping or relative_damping"
-            )
+        if failed and boost >= BOOSTS[-1]:
+            raise not_positive_definite(jobs[failed[0]][0], damping[failed[0]])
         self._invert([jobs[i] for i in failed], 10 * boost)
 
     # What can be plotted.
@@ -413,7 +415,14 @@ class KroneckerOptimizer(LayerOptimizer):
         return report
 
 
-def _boosted(damping: Tensor, covariance: Tensor, boost: float) -> Tensor:
+def not_positive_definite(factor: Factor, damping: Tensor) -> RuntimeError:
+    return RuntimeError(
+        f"the covariance of {factor} is not positive definite even with damping "
+        f"{damping.item():.3g}; raise damping or relative_damping"
+    )
+
+
+def boosted(damping: Tensor, covariance: Tensor, boost: float) -> Tensor:
     if boost == 1:
         return damping
     # Ten times nothing is nothing: a retry starts from the rounding of the variance.

@@ -27,6 +27,7 @@ class Layer:
     state: dict[str, Any] = field(default_factory=dict)
     batch: dict[str, Any] = field(default_factory=dict)
     prefers_rows: bool = False
+    averaged: bool = False  # since its inverses were last held against its statistics
     stale: bool = False
 
     @property

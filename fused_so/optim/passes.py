@@ -79,6 +79,8 @@ class OutputPasses:
                 f"the model must return one tensor for its curvature to be sampled, got "
                 f"{type(outputs).__name__}; wrap the model, or use factors='empirical'"
             )
+        if outputs.numel() == 0:
+            return
         try:
             for first, scores in enumerate(self._scores(outputs.detach())):
                 self.first = first == 0

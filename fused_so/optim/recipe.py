@@ -50,18 +50,25 @@ class PaperRecipe:
                 "step(closure), where closure clears the gradients, computes the loss, calls "
                 "backward and returns the loss"
             )
+        if self._call is None:
+            raise ValueError(
+                "recipe='paper' needs the outputs of the model: closure must call the model that "
+                "was given, as model(...)"
+            )
         before = self._objective(optimizer.loss)
         gammas = self._gammas()
         proposals = []
         for group["gamma"] in gammas:
             self._invert(anew=len(gammas) > 1)
             proposals.append((*self._propose(), group["gamma"]))
-        predicted, delta, group["gamma"] = min(proposals, key=lambda proposal: proposal[0])
+        # Reversed: gamma stays where no model is lower, as for a gradient that is not finite.
+        predicted, delta, group["gamma"] = min(reversed(proposals), key=lambda p: p[0])
         if group["gamma"] != gammas[-1]:
             self._invert(anew=True)
         self._take(delta)
         if (optimizer._steps + 1) % T1 == 0:
-            self._adapt(before, predicted)
+            # A share lr of the minimum's step: M(lr delta) - M(0) = lr (2 - lr) (M(delta) - M(0))
+            self._adapt(before, group["lr"] * (2 - group["lr"]) * predicted)
         self._call = None
 
     def _gammas(self) -> list[float]:
@@ -92,11 +99,11 @@ class PaperRecipe:
             steps.append([step.clone() for step in last])
         damping = group["damping"] + group["weight_decay"]
         # Q = D^T (F + (lambda + eta) I) D and b = D^T grad h for the directions D
-        quadratic = self._fisher(updates, steps)
-        quadratic += damping * _inner(steps, steps)
+        quadratic = self._fisher(updates, steps) + damping * _inner(steps, steps)
         slope = _inner(steps, [[self._slope(u) for u in updates]])[:, 0]
+        if not (quadratic.isfinite().all() and slope.isfinite().all()):
+            return math.inf, [(u.param, u.delta) for u in updates]
         weights = -torch.linalg.lstsq(quadratic, slope[:, None], driver="gelsd").solution[:, 0]
-        weights = torch.where(weights.isfinite().all(), weights, 0.0)
         predicted = (0.5 * weights @ quadratic @ weights + slope @ weights).item()
         delta = []
         for i, update in enumerate(updates):
@@ -127,7 +134,7 @@ class PaperRecipe:
             _, moved = torch.func.jvp(run, (at,), (tangent,))
             images.append(likelihood.curvature_sqrt_product(outputs, moved, transposed=True))
         flat = torch.stack([image.flatten() for image in images]).double()
-        return flat @ flat.T
+        return (flat @ flat.T).cpu()
 
     def _take(self, delta: list[tuple[Tensor, Tensor]]) -> None:
         optimizer, group = self._optimizer, self._optimizer.param_groups[0]
@@ -180,14 +187,10 @@ class _Keep:
 
 
 def _inner(one: list[list[Tensor]], two: list[list[Tensor]]) -> Tensor:
-    """All inner products of lists of tensors, in float64."""
-    rows = [
-        torch.stack(
-            [
-                sum(torch.sum(x * y, dtype=torch.float64) for x, y in zip(a, b, strict=True))
-                for b in two
-            ]
-        )
-        for a in one
-    ]
-    return torch.stack(rows)
+    """All inner products of lists of tensors, in float64, on the host."""
+
+    def inner(a: list[Tensor], b: list[Tensor]) -> float:
+        products = (torch.sum(x * y, dtype=torch.float64) for x, y in zip(a, b, strict=True))
+        return sum(product.item() for product in products)
+
+    return torch.tensor([[inner(a, b) for b in two] for a in one], dtype=torch.float64)

@@ -19,7 +19,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_so.optim.kronecker import Factor, KroneckerOptimizer
+from fused_so._dtypes import accumulate_dtype
+from fused_so.optim.kronecker import (
+    BOOSTS,
+    Factor,
+    KroneckerOptimizer,
+    boosted,
+    not_positive_definite,
+)
 from fused_so.optim.layers import Layer
 
 
@@ -45,14 +52,16 @@ class TridiagonalInverse:
 
     def observe(self, factor: Factor, x: Tensor) -> None:
         """Takes in a call's rows, before they enter the factor's own statistics."""
+        if len(x) == 0:
+            return
         state, batch = factor.layer.state, factor.layer.batch
         seen = state.get(factor.key("examples"), 0.0)
         if not batch.get(f"{factor.side}_discounted"):
             seen *= factor.layer.group["decay"]
-        mean = state.get(factor.key("mean"))
-        batch[f"{factor.side}_cross"] = Batch(
-            x, torch.zeros_like(x[0]) if mean is None else mean.clone(), seen / (seen + len(x))
+        mean = state.get(
+            factor.key("mean"), x.new_zeros(x.shape[1], dtype=accumulate_dtype(x.dtype))
         )
+        batch[f"{factor.side}_cross"] = Batch(x, mean.clone(), seen / (seen + len(x)))
         for layer, following in self._pairs():
             # A backward pass comes to the following layer first.
             if layer is factor.layer:
@@ -78,10 +87,9 @@ class TridiagonalInverse:
             cross = new / len(x) * (x - x_mean).T @ (y - y_mean)
             shift = keep * new * (one.mean - x_mean)
             cross = cross.addr(shift, two.mean - y_mean)
-        last = factor.get("cross")
-        if last is not None:
-            cross = cross.add(last, alpha=keep)
-            cross = torch.where(cross.isfinite().all(), cross, last)
+        last = factor.get("cross", torch.zeros_like(cross))
+        cross = cross.add(last, alpha=keep)
+        cross = torch.where(cross.isfinite().all(), cross, last)
         factor.layer.state[factor.key("cross")] = cross
 
     # The inverse.
@@ -94,13 +102,11 @@ class TridiagonalInverse:
                     self._refresh(Factor(layer, side), Factor(following, side))
 
     def _refresh(self, factor: Factor, following: Factor) -> None:
-        own, other = self._damped(factor), self._damped(following)
-        cross = _cross(factor, following)
+        lower, cross = self._cholesky(factor), _cross(factor, following)
         # P = A_ij A_jj^-1
-        regression = torch.linalg.solve(other, cross.mT).mT
+        regression = torch.cholesky_solve(cross.mT, self._cholesky(following)).mT
         # With A_ii = L L^T and L^-1 (P A_jj P^T) L^-T = E S E^T, K = L^-T E diagonalizes both:
         # Sigma^-1 v = K_G ((K_G^T V K_A) / (1 - s_G s_A^T)) K_A^T
-        lower = torch.linalg.cholesky(own)
         explained = regression @ cross.mT
         whitened = torch.linalg.solve_triangular(lower, explained, upper=False)
         whitened = torch.linalg.solve_triangular(lower, whitened.mT, upper=False)
@@ -110,12 +116,17 @@ class TridiagonalInverse:
         state[factor.key("regression")], state[factor.key("joint_basis")] = regression, basis
         state[factor.key("explained")] = values.clamp(0, 1)
 
-    def _damped(self, factor: Factor) -> Tensor:
+    def _cholesky(self, factor: Factor) -> Tensor:
+        """L with L L^T the damped factor, with more damping where it is not positive definite."""
         damping = self._optimizer.dampings(factor.layer)[factor.side]
-        damped = factor.get("covariance").clone()
-        damped.diagonal().add_(damping)
-        one = damped.new_ones(1, 1)
-        return torch.block_diag(damped, one) if factor.centered else damped
+        covariance = factor.get("covariance")
+        for boost in BOOSTS:
+            damped = covariance.clone()
+            damped.diagonal().add_(boosted(damping, covariance, boost))
+            lower, info = torch.linalg.cholesky_ex(damped)
+            if info == 0:
+                return torch.block_diag(lower, lower.new_ones(1, 1)) if factor.centered else lower
+        raise not_positive_definite(factor, boosted(damping, covariance, boost))
 
     @torch.no_grad()
     def precondition(self, layers: list[Layer]) -> dict[Layer, tuple[Tensor, Tensor]]:
