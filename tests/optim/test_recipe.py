@@ -82,11 +82,12 @@ def inverted(stats, gamma):
 
 
 @pytest.mark.filterwarnings("ignore:KFAC")
-def test_22_steps_follow_an_independent_loop_with_the_whole_fisher():
+@pytest.mark.parametrize("lr", [1.0, 0.6])
+def test_22_steps_follow_an_independent_loop_with_the_whole_fisher(lr):
     model, twin = build(), build()
     twin.load_state_dict(model.state_dict())
     eta, lam, gamma = 0.01, 0.3, math.sqrt(0.3 + 0.01)
-    opt = paper(model, damping=lam, weight_decay=eta, decay=0.8)
+    opt = paper(model, lr=lr, damping=lam, weight_decay=eta, decay=0.8)
     stats, weight, last, inverses, path = {}, 0.0, None, {}, []
     data, labels = torch.randn(40, 4, dtype=DOUBLE), torch.randint(0, 3, (40,))
     for t in range(22):
@@ -131,8 +132,10 @@ def test_22_steps_follow_an_independent_loop_with_the_whole_fisher():
             w = -torch.linalg.solve(basis.T @ metric @ basis, basis.T @ slope)
             delta = basis @ w
             model_value = (0.5 * delta @ metric @ delta + slope @ delta).item()
-            proposals.append((model_value, delta, candidate, inverses))
-        predicted, last, gamma, inverses = min(proposals, key=lambda proposal: proposal[0])
+            shorter = lr * delta
+            change = (0.5 * shorter @ metric @ shorter + slope @ shorter).item()
+            proposals.append((model_value, change, shorter, candidate, inverses))
+        _, predicted, last, gamma, inverses = min(proposals, key=lambda proposal: proposal[0])
         path.append((lam, gamma))
         nn.utils.vector_to_parameters(theta + last, params)
         if t % 5 == 4:
