@@ -55,7 +55,8 @@ class KFAC(FisherOptimizer):
 
     Args:
         model: the module to train; called as `model(...)` and returning one tensor, unless
-            factors are "empirical". Its nn.Linear layers are preconditioned; every other
+            factors are "empirical"; evaluate it under torch.no_grad(), since every other forward
+            pass is taken for one of training. Its nn.Linear layers are preconditioned; every other
             parameter takes momentum SGD with the same lr and bound, and a warning lists them.
         lr: the learning rate, >= 0.
         likelihood: that of the loss: `fused_so.Categorical()` and the others, or the nn loss in
