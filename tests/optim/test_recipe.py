@@ -283,6 +283,21 @@ def test_a_smaller_learning_rate_is_compared_with_its_own_prediction():
     assert opt.diagnostics()["ratio"] == pytest.approx(1.0, abs=1e-2)
 
 
+def test_running_statistics_see_every_batch_once():
+    model = chain(4, 4, 3)
+    model.insert(1, nn.BatchNorm1d(4, dtype=DOUBLE))
+    x, y = torch.randn(9, 4, dtype=DOUBLE), torch.randint(0, 3, (9,))
+    with pytest.warns(UserWarning, match=r"1\.weight, 1\.bias"):
+        opt = paper(model)
+    for t in range(3):
+        mean = model[1].running_mean.clone()
+        with torch.no_grad():
+            expected = mean.lerp(model[0](x).mean(0), 0.1)
+        opt.step(closure_of(model, opt, x, y))
+        torch.testing.assert_close(model[1].running_mean, expected)
+        assert model[1].num_batches_tracked == t + 1
+
+
 def test_what_the_recipe_needs_is_said():
     model = build(plain=False)
     x, y = torch.randn(9, 4, dtype=DOUBLE), torch.randint(0, 3, (9,))
