@@ -15,12 +15,13 @@ class Capture:
     h (n, in), the input, and g (n, out), the gradient of the loss with respect to the output;
     leading dimensions are flattened into n. Neither is kept: both live as long as autograd
     holds them. Forward passes without gradients are not seen. While `edges` is a list, every
-    such call appends where its output stands in the graph of autograd.
+    such call appends where its output stands in the graph of autograd, and adds to `rows`.
     """
 
     def __init__(self, module: nn.Linear, receive: Callable[[Tensor, Tensor], None]):
         self.active = True
         self.edges: list[GradientEdge] | None = None
+        self.rows = 0
         self._module = module
         self._receive = receive
         self._handle = module.register_forward_hook(self, with_kwargs=True)
@@ -36,6 +37,7 @@ class Capture:
         output.register_hook(hand_over)
         if self.edges is not None:
             self.edges.append(get_gradient_edge(output))
+            self.rows += output.numel() // output.shape[-1]
 
     def remove(self) -> None:
         self._handle.remove()

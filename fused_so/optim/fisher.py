@@ -88,8 +88,9 @@ class FisherOptimizer(KroneckerOptimizer):
                 self._keep_rows(layer, h, g)
         else:
             layer.state["scale"] = passes.scale
-            # A layer may see several rows of an example.
-            ratio = math.sqrt(len(h) / max(passes.rows, 1))
+            # A layer may see several rows of an example, in one call or in several.
+            rows = self._captures[self._layers.index(layer)].rows
+            ratio = math.sqrt(rows / passes.rows)
             self.observe(layer, h, g if ratio == 1 else ratio * g)
 
     def observe(self, layer: Layer, h: Tensor, g: Tensor) -> None:

@@ -57,7 +57,8 @@ class KFAC(FisherOptimizer):
 
     Args:
         model: the module to train; called as `model(...)` and returning one tensor, unless
-            factors are "empirical". Its nn.Linear layers are preconditioned; every other
+            factors are "empirical"; evaluate it under torch.no_grad(), since every other forward
+            pass is taken for one of training. Its nn.Linear layers are preconditioned; every other
             parameter takes momentum SGD with the same lr and bound, and a warning lists them.
         lr: the learning rate, >= 0. While max_norm = 1 binds, as it usually does, a step without
             momentum changes the model's distribution by lr^2 / 2 nats an example, whatever the

@@ -65,7 +65,7 @@ class OutputPasses:
         observed = any(capture.active for capture in self._captures)
         wanted = observed and torch.is_grad_enabled() and self._wanted()
         for capture in self._captures:
-            capture.edges = [] if wanted else None
+            capture.edges, capture.rows = ([] if wanted else None), 0
 
     @torch.compiler.disable
     def _end(self, module: nn.Module, args: tuple, outputs: Tensor) -> None:

@@ -126,7 +126,9 @@ class PaperRecipe:
         at = {names[u.param]: u.param.detach() for u in updates}
 
         def run(params: dict[str, Tensor]) -> Tensor:
-            return torch.func.functional_call(model, params, args, kwargs)
+            # Running statistics are changed in place: those of copies.
+            buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+            return torch.func.functional_call(model, buffers | params, args, kwargs)
 
         images = []
         for step in steps:

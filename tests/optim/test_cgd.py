@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import fused_so
+from tests.optim.nets import layer_rows, linears, twins
 
 DOUBLE = torch.float64
 
@@ -71,3 +72,35 @@ def test_no_activation_is_kept_for_the_step():
     opt = fused_so.CGD(model)
     model(torch.randn(4, 30)).sum().backward()
     assert "kept_rows" not in opt._layers[0].batch
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_ten_steps_follow_an_independent_loop(nesterov):
+    model, twin = twins(6, 5, 3)
+    lr, momentum, decay, max_norm = 0.1, 0.8, 0.01, 0.3
+    opt = fused_so.CGD(
+        model, lr, momentum=momentum, nesterov=nesterov, weight_decay=decay, max_norm=max_norm
+    )
+    velocity, clipped = {}, []
+    for _ in range(10):
+        x, y = torch.randn(20, 6, dtype=DOUBLE) + 1, torch.randn(20, 3, dtype=DOUBLE)
+        for net in (model, twin):
+            net.zero_grad()
+            (net(x) - y).square().mean().backward()
+        opt.step()
+        updates = {}
+        for layer, (h, _) in zip(linears(twin), layer_rows(twin, x), strict=True):
+            m, gb = h.mean(0), layer.bias.grad
+            updates[layer.weight] = layer.weight.grad - torch.outer(gb, m)
+            updates[layer.bias] = gb - updates[layer.weight] @ m
+        length = sum((update * p.grad).sum() for p, update in updates.items()).sqrt()
+        clipped.append(bool(length > max_norm))
+        with torch.no_grad():
+            for p, update in updates.items():
+                step = update * (max_norm / length).clamp(max=1) + decay * p
+                velocity[p] = momentum * velocity.get(p, 0.0) + step
+                p -= lr * (step + momentum * velocity[p] if nesterov else velocity[p])
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
+    assert True in clipped
+    assert False in clipped

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 
@@ -265,6 +266,40 @@ def test_layers_that_see_several_rows_of_an_example(reduction):
     state = opt.state[model.first.weight]
     torch.testing.assert_close(state["output_covariance"], expected.detach())
     torch.testing.assert_close(state["mean"], x.mean((0, 1)))
+
+
+class Siamese(nn.Module):
+    """A layer that is called twice, on 1 and on 2 rows of an example."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared = nn.Linear(4, 3, dtype=DOUBLE)
+
+    def forward(self, x, shift=0.0):
+        one, two = self.shared(x[:, :1]), self.shared(x[:, 1:])
+        return (torch.cat([one, two], 1) + shift).tanh().sum(1)
+
+
+@pytest.mark.parametrize("factors", ["exact", "sampled"])
+def test_layers_that_are_called_several_times(factors):
+    model, x = Siamese(), torch.randn(6, 3, 4, dtype=DOUBLE)
+    opt = fused_so.KFAC(model, likelihood=fused_so.Gaussian(), factors=factors)
+    shift = torch.zeros(6, 3, 3, dtype=DOUBLE)
+    plain = copy.deepcopy(model)
+    jacobian = torch.func.jacrev(lambda shift: plain(x, shift))(shift)
+    state = torch.get_rng_state()
+    f = model(x).detach()
+    if factors == "exact":  # N = 6 * 3
+        expected = torch.einsum("iamtc,iamtd->cd", jacobian, jacobian) / 18
+    else:
+        torch.set_rng_state(state)
+        score = f - fused_so.Gaussian().sample(f)
+        each = torch.einsum("iaitc,ia->itc", jacobian, score)
+        expected = torch.einsum("itc,itd->cd", each, each) / 18
+    kept = opt.state[model.shared.weight]
+    torch.testing.assert_close(kept["output_covariance"], expected.detach())
+    rows = x.reshape(-1, 4)
+    torch.testing.assert_close(kept["covariance"], torch.cov(rows.T, correction=0))
 
 
 @pytest.mark.parametrize("kind", KINDS)

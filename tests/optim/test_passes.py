@@ -60,8 +60,6 @@ def test_passes_are_made_on_steps_with_statistics_only(grad_calls, factors, pass
     model = chain(6, 5, 3)
     opt = build("KFAC", model, factors=factors, statistics_every=4)
     made, handed = [], []
-    for layer in opt._layers:
-        layer.module.register_forward_hook(lambda *_: None)
     for _ in range(10):
         grad_calls.clear()
         before = opt.state[model[0].weight].get("examples")
@@ -71,6 +69,22 @@ def test_passes_are_made_on_steps_with_statistics_only(grad_calls, factors, pass
     due = [t in (0, 1, 2, 4, 8) for t in range(10)]
     assert made == [passes if d else 0 for d in due]
     assert handed == due
+
+
+def test_no_pass_where_only_few_rows_are_kept(grad_calls):
+    # 4 rows are fewer than units, so that the layers are seen on every step.
+    model = chain(40, 30, 20)
+    opt = build("KFAC", model, statistics_every=4)
+    made = []
+    for t in range(9):
+        grad_calls.clear()
+        opt.zero_grad()
+        x = torch.randn(4, 40, dtype=DOUBLE)
+        nn.functional.cross_entropy(model(x), torch.randint(0, 20, (4,))).backward()
+        opt.step()
+        made += [t] * len(grad_calls)
+        assert all(capture.active for capture in opt._captures)
+    assert made == [0, 1, 2, 4, 8]
 
 
 def test_ekfac_also_makes_them_for_its_diagonal(grad_calls):

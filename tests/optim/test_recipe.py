@@ -82,11 +82,12 @@ def inverted(stats, gamma):
 
 
 @pytest.mark.filterwarnings("ignore:KFAC")
-def test_22_steps_follow_an_independent_loop_with_the_whole_fisher():
+@pytest.mark.parametrize("lr", [1.0, 0.6])
+def test_22_steps_follow_an_independent_loop_with_the_whole_fisher(lr):
     model, twin = build(), build()
     twin.load_state_dict(model.state_dict())
     eta, lam, gamma = 0.01, 0.3, math.sqrt(0.3 + 0.01)
-    opt = paper(model, damping=lam, weight_decay=eta, decay=0.8)
+    opt = paper(model, lr=lr, damping=lam, weight_decay=eta, decay=0.8)
     stats, weight, last, inverses, path = {}, 0.0, None, {}, []
     data, labels = torch.randn(40, 4, dtype=DOUBLE), torch.randint(0, 3, (40,))
     for t in range(22):
@@ -131,8 +132,10 @@ def test_22_steps_follow_an_independent_loop_with_the_whole_fisher():
             w = -torch.linalg.solve(basis.T @ metric @ basis, basis.T @ slope)
             delta = basis @ w
             model_value = (0.5 * delta @ metric @ delta + slope @ delta).item()
-            proposals.append((model_value, delta, candidate, inverses))
-        predicted, last, gamma, inverses = min(proposals, key=lambda proposal: proposal[0])
+            shorter = lr * delta
+            change = (0.5 * shorter @ metric @ shorter + slope @ shorter).item()
+            proposals.append((model_value, change, shorter, candidate, inverses))
+        _, predicted, last, gamma, inverses = min(proposals, key=lambda proposal: proposal[0])
         path.append((lam, gamma))
         nn.utils.vector_to_parameters(theta + last, params)
         if t % 5 == 4:
@@ -278,6 +281,21 @@ def test_a_smaller_learning_rate_is_compared_with_its_own_prediction():
         opt.step(closure_of(model, opt, x, y))
     # So short a step is predicted well.
     assert opt.diagnostics()["ratio"] == pytest.approx(1.0, abs=1e-2)
+
+
+def test_running_statistics_see_every_batch_once():
+    model = chain(4, 4, 3)
+    model.insert(1, nn.BatchNorm1d(4, dtype=DOUBLE))
+    x, y = torch.randn(9, 4, dtype=DOUBLE), torch.randint(0, 3, (9,))
+    with pytest.warns(UserWarning, match=r"1\.weight, 1\.bias"):
+        opt = paper(model)
+    for t in range(3):
+        mean = model[1].running_mean.clone()
+        with torch.no_grad():
+            expected = mean.lerp(model[0](x).mean(0), 0.1)
+        opt.step(closure_of(model, opt, x, y))
+        torch.testing.assert_close(model[1].running_mean, expected)
+        assert model[1].num_batches_tracked == t + 1
 
 
 def test_what_the_recipe_needs_is_said():
