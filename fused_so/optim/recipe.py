@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_so.capture import inert
+from fused_so.capture import Hook
 from fused_so.optim.base import Update
 from fused_so.optim.kronecker import KroneckerOptimizer
 
@@ -36,10 +36,14 @@ class PaperRecipe:
         self._optimizer = optimizer
         self._call: tuple[tuple, dict, Tensor] | None = None
         self.ratio = math.nan
-        self._handle = optimizer._model.register_forward_hook(_Keep(self), with_kwargs=True)
+        self._handle = optimizer._model.register_forward_hook(Hook(self._keep), with_kwargs=True)
 
     def remove(self) -> None:
         self._handle.remove()
+
+    def _keep(self, module: Any, args: tuple, kwargs: dict, output: Tensor) -> None:
+        if torch.is_grad_enabled():
+            self._call = (args, kwargs, output.detach())
 
     def update(self) -> None:
         """Takes a step from the gradients that are there."""
@@ -172,20 +176,6 @@ class PaperRecipe:
         squares = sum(p.detach().double().square().sum().item() for p in group["params"])
         loss = loss.item() if isinstance(loss, Tensor) else float(loss)
         return loss + 0.5 * group["weight_decay"] * squares
-
-
-class _Keep:
-    """Keeps what the model was last called with, until the step."""
-
-    def __init__(self, recipe: PaperRecipe):
-        self._recipe = recipe
-
-    def __call__(self, module: Any, args: tuple, kwargs: dict, output: Tensor) -> None:
-        if torch.is_grad_enabled():
-            self._recipe._call = (args, kwargs, output.detach())
-
-    def __reduce__(self):
-        return inert, ()
 
 
 def _inner(one: list[list[Tensor]], two: list[list[Tensor]]) -> Tensor:

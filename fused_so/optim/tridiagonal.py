@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fused_so._dtypes import accumulate_dtype
+from fused_so.optim.eigen import eigenbasis
 from fused_so.optim.kronecker import (
     BOOSTS,
     Factor,
@@ -110,11 +111,11 @@ class TridiagonalInverse:
         explained = regression @ cross.mT
         whitened = torch.linalg.solve_triangular(lower, explained, upper=False)
         whitened = torch.linalg.solve_triangular(lower, whitened.mT, upper=False)
-        values, vectors = torch.linalg.eigh((whitened + whitened.mT) / 2)
+        values, vectors = eigenbasis((whitened + whitened.mT) / 2)
         basis = torch.linalg.solve_triangular(lower.mT, vectors, upper=True)
         state = factor.layer.state
         state[factor.key("regression")], state[factor.key("joint_basis")] = regression, basis
-        state[factor.key("explained")] = values.clamp(0, 1)
+        state[factor.key("explained")] = values.clamp(max=1)
 
     def _cholesky(self, factor: Factor) -> Tensor:
         """L with L L^T the damped factor, with more damping where it is not positive definite."""

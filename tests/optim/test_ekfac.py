@@ -128,7 +128,8 @@ def test_ten_steps_follow_an_independent_loop(factors):
     likelihood = None if factors == "empirical" else nn.CrossEntropyLoss()
     opt = fused_so.EKFAC(
         model, lr, likelihood=likelihood, factors=factors, damping=lam, relative_damping=delta,
-        momentum=momentum, weight_decay=eta, statistics_every=3, inverse_every=4, decay=decay,
+        momentum=momentum, nesterov=True, weight_decay=eta, statistics_every=3, inverse_every=4,
+        decay=decay,
         diagonal_every=2, max_norm=max_norm,
     )  # fmt: skip
     stats = {layer: {"weight": 0.0} for layer in linears(twin)}
@@ -196,7 +197,12 @@ def test_ten_steps_follow_an_independent_loop(factors):
 def test_a_bad_batch_stays_out_of_the_diagonal_and_its_weight():
     model = chain(4, 3, 2)
     opt = fused_so.EKFAC(
-        model, likelihood=fused_so.Gaussian(), factors="exact", diagonal_every=1, statistics_every=1
+        model,
+        likelihood=fused_so.Gaussian(),
+        factors="exact",
+        diagonal_every=1,
+        statistics_every=1,
+        decay=0.95,
     )
     for _ in range(2):
         opt.zero_grad()

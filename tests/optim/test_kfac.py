@@ -408,7 +408,8 @@ def test_ten_steps_follow_an_independent_loop(factors):
     likelihood = None if factors == "empirical" else nn.CrossEntropyLoss()
     opt = fused_so.KFAC(
         model, lr, likelihood=likelihood, factors=factors, damping=lam, relative_damping=delta,
-        momentum=momentum, weight_decay=eta, statistics_every=3, inverse_every=4, decay=decay,
+        momentum=momentum, nesterov=True, weight_decay=eta, statistics_every=3, inverse_every=4,
+        decay=decay,
         max_norm=max_norm,
     )  # fmt: skip
     second, gram, weight, inverses, velocity = {}, {}, 0.0, {}, {}

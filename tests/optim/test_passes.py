@@ -286,7 +286,8 @@ def test_compiled_models_learn_the_same(method, backend):
     a, b = build(method, model, factors="exact"), build(method, compiled, factors="exact")
     train(model, a, 4, dtype=torch.float32)
     train(compiled, b, 4, dtype=torch.float32)
-    assert b.diagnostics()["layers"]["0"]["refreshes"] == 3
+    refreshes = [opt.diagnostics()["layers"]["0"]["refreshes"] for opt in (a, b)]
+    assert refreshes[0] == refreshes[1] > 1
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
 
