@@ -193,3 +193,27 @@ def test_nnn_momentum_differs_from_that_of_acp():
             opt.step()
         ends.append(model[0].weight.detach())
     assert (ends[0] - ends[1]).norm() > 1e-4 * ends[0].norm()
+
+
+@pytest.mark.parametrize("dtype", [DOUBLE, torch.float32, torch.bfloat16])
+def test_resuming_is_bit_for_bit(dtype, tmp_path):
+    models = twins(6, 5, 3, dtype=dtype)
+    options = {"statistics_every": 3, "inverse_every": 4, "weight_decay": 0.01}
+    first, again = (fused_so.NNN(model, **options) for model in models)
+
+    def advance(pairs, steps):
+        for _ in range(steps):
+            x = torch.randn(16, 6).to(dtype)
+            for model, opt in pairs:
+                opt.zero_grad()
+                model(x).square().mean().backward()
+                opt.step()
+
+    advance([(models[0], first)], 7)
+    torch.save(first.state_dict(), tmp_path / "checkpoint.pt")
+    models[1].load_state_dict(models[0].state_dict())
+    again.load_state_dict(torch.load(tmp_path / "checkpoint.pt", weights_only=True))
+    advance(list(zip(models, (first, again), strict=True)), 9)
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(p, q)
+        assert torch.equal(first.state[p]["momentum_buffer"], again.state[q]["momentum_buffer"])

@@ -405,10 +405,12 @@ def test_nan_keeps_the_last_inverse_and_is_named_once(method, factors):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("factors", SOURCES)
 @pytest.mark.parametrize("method", METHODS)
-def test_an_empty_batch_changes_nothing(method):
+def test_an_empty_batch_changes_nothing(method, factors):
     model = chain(6, 5, 3)
-    opt = build(method, model, statistics_every=1, momentum=0.0, nesterov=False)
+    options = {"factors": factors, "statistics_every": 1, "momentum": 0.0, "nesterov": False}
+    opt = build(method, model, **options)
     train(model, opt, 2)
     before = parameters(model)
     opt.zero_grad()

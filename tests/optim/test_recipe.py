@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import fused_so
+from fused_so.optim.kfac import STRUCTURES
 from tests.optim.nets import (
     DOUBLE,
     chain,
@@ -187,9 +188,10 @@ def test_lambda_follows_the_ratio(ratio, factor):
     assert opt.param_groups[0]["damping"] == pytest.approx(2.0 * factor)
 
 
-def test_gamma_is_the_one_of_the_lowest_model():
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_gamma_is_the_one_of_the_lowest_model(structure):
     model = build(plain=False)
-    opt = paper(model, damping=2.0)
+    opt = paper(model, damping=2.0, structure=structure)
     x, y = torch.randn(9, 4, dtype=DOUBLE), torch.randint(0, 3, (9,))
     recipe, proposals = opt._recipe, []
     propose = recipe._propose
@@ -207,6 +209,7 @@ def test_gamma_is_the_one_of_the_lowest_model():
     assert [gamma for _, gamma in proposals] == [omega * before, before / omega, before]
     assert opt.param_groups[0]["gamma"] == min(proposals)[1]
     assert min(proposals)[0] < 0
+    assert len({value for value, _ in proposals}) == 3
     # The inverses are those of the gamma that was chosen.
     layer = opt._layers[0]
     inverse = layer.state["inverse"].clone()
@@ -239,7 +242,7 @@ def test_evaluating_the_step_leaves_gradients_and_statistics_alone():
     assert all(not layer.batch for layer in opt._layers)
 
 
-@pytest.mark.parametrize("structure", ["block_diagonal", "block_tridiagonal"])
+@pytest.mark.parametrize("structure", STRUCTURES)
 def test_resuming_is_bit_for_bit(structure):
     x, y = torch.randn(9, 4, dtype=DOUBLE), torch.randint(0, 3, (9,))
     models = [build(plain=False), build(plain=False)]
