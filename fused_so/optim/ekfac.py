@@ -35,7 +35,7 @@ class EKFAC(FisherOptimizer):
         model, lr, likelihood, momentum, nesterov, weight_decay, statistics_every,
             drift_tolerance, decay, max_norm, grad_scaler, params: as for `KFAC`.
         factors: as for `KFAC`, of C and G and of S.
-        damping: lambda >= 0, in units of the loss's curvature.
+        damping: lambda >= 0, in units of the loss's curvature; weight_decay is added to it.
         relative_damping: delta >= 0, relative to the mean of S over the layer.
         inverse_every: renew the eigenbases every so many steps, or "auto"; S starts again from
             the products of eigenvalues.
@@ -141,7 +141,8 @@ class EKFAC(FisherOptimizer):
         # What the drift of either basis is measured with: a factor's share of lambda + delta S.
         c, k = self.mean_variances(layer)
         group = layer.group
-        share = (group["damping"] / (c * k) + group["relative_damping"]).sqrt()
+        absolute = group["damping"] + group["weight_decay"]
+        share = (absolute / (c * k) + group["relative_damping"]).sqrt()
         return {"input": share * c, "output": share * k}
 
     def invert_factors(self, layers: list[Layer]) -> None:
@@ -167,8 +168,9 @@ class EKFAC(FisherOptimizer):
         m, e_in, e_out = self._center(layer), state["basis"], state["output_basis"]
         grad_weight, grad_bias = (grad.to(m) for grad in self.gradients(layer))
         diagonal = state["diagonal"]
-        damped = diagonal + (group["damping"] + group["relative_damping"] * diagonal.mean())
-        if not group["damping"] and not group["relative_damping"]:
+        absolute = group["damping"] + group["weight_decay"]
+        damped = diagonal + (absolute + group["relative_damping"] * diagonal.mean())
+        if not absolute and not group["relative_damping"]:
             # What has no curvature is left alone.
             floor = max(damped.shape) * torch.finfo(damped.dtype).eps * damped.amax()
             damped = torch.where(damped > floor, damped, torch.inf)

@@ -17,6 +17,7 @@ from fused_so.optim.layers import Layer
 from fused_so.optim.passes import SAMPLED, OutputPasses
 
 FACTORS = (*SAMPLED, "empirical")
+_LEAST_VARIANCE = 1e-4  # of a squared mean
 
 
 class FisherOptimizer(KroneckerOptimizer):
@@ -115,9 +116,15 @@ class FisherOptimizer(KroneckerOptimizer):
         return layer.state["scale"]
 
     def mean_variances(self, layer: Layer) -> tuple[Tensor, Tensor]:
-        """tr C / in and tr G / out, both positive."""
-        means = (f.get("covariance").diagonal().mean() for f in self.factors(layer))
-        return tuple(torch.where(m > 0, m, torch.finfo(m.dtype).tiny ** 0.5) for m in means)
+        """tr C / in and tr G / out, both positive.
+
+        Inputs that vary by less than a hundredth of their size count as varying by that much: what
+        else they do is noise, which relative damping would follow down.
+        """
+        c, k = (f.get("covariance").diagonal().mean() for f in self.factors(layer))
+        if layer.centered:
+            c = torch.maximum(c, _LEAST_VARIANCE * layer.state["mean"].square().mean())
+        return tuple(torch.where(m > 0, m, torch.finfo(m.dtype).tiny ** 0.5) for m in (c, k))
 
     def remove_hooks(self) -> None:
         super().remove_hooks()

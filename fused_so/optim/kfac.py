@@ -64,14 +64,17 @@ class KFAC(FisherOptimizer):
             momentum changes the model's distribution by lr^2 / 2 nats an example, whatever the
             scale of the loss; with momentum beta, lr / (1 - beta) takes the place of lr.
         likelihood: that of the loss: `fused_so.Categorical()` and the others, or the nn loss in
-            use. It must divide by what the loss divides by (`reduction`). None: the factors are
+            use. It must divide by what the loss divides by (`reduction`), and the model's outputs
+            must have the shape it takes, (n, classes, ...). Targets that the loss ignores count:
+            the model's own pass knows of none. None: the factors are
             "empirical", of a loss that is a mean over rows.
         factors: whose gradients make G. "sampled": of targets drawn from the model, one more
             backward pass to the layers' outputs on steps with statistics. "gauss_newton": of
             random signs times a root of the curvature at the outputs; the same expectation, less
             noise. "exact": that expectation, with as many passes as there are outputs.
-            "empirical": of the loss itself; no extra pass, but the second moment of the gradients
-            is no Fisher, and vanishes where the fit is good.
+            "empirical": of the loss itself, which must not be accumulated over micro-batches; no
+            extra pass, but the second moment of the gradients is no Fisher, and vanishes where
+            the fit is good.
         structure: "block_diagonal", or "block_tridiagonal", which also models the interaction of
             each layer with the next (section 3.3; the layers in the order of `model.modules()`,
             each called once in a forward pass) for eigendecompositions at each refresh and about
@@ -94,7 +97,8 @@ class KFAC(FisherOptimizer):
         recipe: None, or "paper" for the whole of Martens and Grosse 2015 (sections 6 and 7 of the
             long version), which needs `step(closure)` and a likelihood: lambda and the factors'
             damping are adapted, and step size and momentum come from the exact Fisher's
-            quadratic model on the batch; momentum, nesterov and max_norm are ignored. The
+            quadratic model on the batch; momentum, nesterov and max_norm are ignored. Now and
+            then the closure is called again, and must compute the loss of the same batch. The
             options whose default is None have one that depends on the recipe.
         grad_scaler: the torch.amp.GradScaler in use, if any; only "empirical" depends on it.
         params: parameters or param groups, as for `ACP`; recipe="paper" takes one group.
@@ -196,6 +200,11 @@ class KFAC(FisherOptimizer):
 
     # The paper's recipe.
 
+    def _adopt(self) -> None:
+        if self._recipe is not None:
+            self._recipe.check()
+        super()._adopt()
+
     def _update(self) -> None:
         self._joint = None
         if self._recipe is None:
@@ -205,13 +214,16 @@ class KFAC(FisherOptimizer):
         self._joint = None
 
     def diagnostics(self) -> dict[str, Any]:
-        """As for every Kronecker optimizer; with recipe="paper" also "damping" (lambda), "gamma"
-        and "ratio", that of the last two evaluated losses' difference to the predicted one."""
+        """As for every Kronecker optimizer; with recipe="paper" also "damping" (lambda), "gamma",
+        and "ratio", that of the last two evaluated losses' difference to the predicted one; its
+        "norm" is that of the last step under the exact Fisher, damped."""
         report = super().diagnostics()
         if self._recipe is not None:
             group = self.param_groups[0]
             report |= {name: group[name] for name in ("damping", "gamma")}
             report["ratio"] = self._recipe.ratio
+            # At the minimum M(delta) - M(0) = -delta^T (F + (lambda + eta) I) delta / 2.
+            report["norm"] = [max(0.0, -2 * self._recipe.predicted) ** 0.5]
         return report
 
     def remove_hooks(self) -> None:

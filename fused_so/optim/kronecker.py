@@ -162,14 +162,15 @@ class KroneckerOptimizer(LayerOptimizer):
                 self._take(group, kind, updates, bound)
 
     def _take(self, group: dict, kind: str, updates: list[Update], bound: Tensor) -> None:
+        layers = kind == "layers"
         if not self.rewrites_gradients:
-            layered = kind == "layers" and self.decay_in_metric
-            self._apply(group, updates, bound, weight_decay=0.0 if layered else None)
-        elif kind == "layers":
-            for param, delta, *_ in updates:
-                bound = bound.to(delta)
-                # 0 where a gradient is not finite, and delta neither
-                param.grad.copy_(torch.where(bound > 0, bound * delta, 0.0))
+            decayed = layers and self.decay_in_metric
+            self._apply(group, updates, bound, weight_decay=0.0 if decayed else None)
+            return
+        for param, delta, *_ in updates:
+            bound = bound.to(delta)
+            # 0 where a gradient is not finite, and delta neither
+            param.grad.copy_(torch.where(bound > 0, bound * delta if layers else delta, 0.0))
 
     def _updates(self, group: dict) -> dict[str, list[Update]]:
         """The updates of the "layers" and of the "plain" parameters, where there are any.
@@ -217,7 +218,7 @@ class KroneckerOptimizer(LayerOptimizer):
             by_rows += min(n, width) * height * height
             by_gradient += width * height * height
         decayed = self.decay_in_metric and layer.group["weight_decay"] > 0
-        layer.prefers_rows = by_rows < by_gradient and not decayed
+        layer.state["prefers_rows"] = by_rows < by_gradient and not decayed
         once = "kept_rows" not in layer.batch
         usable = h.dtype == g.dtype == accumulate_dtype(g.dtype)
         layer.batch["kept_rows"] = (h, g) if layer.prefers_rows and once and usable else None

@@ -26,9 +26,13 @@ class Layer:
     group: dict[str, Any] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
     batch: dict[str, Any] = field(default_factory=dict)
-    prefers_rows: bool = False
     averaged: bool = False  # since its inverses were last held against its statistics
     stale: bool = False
+
+    @property
+    def prefers_rows(self) -> bool:
+        """Whether the last batch was better preconditioned by rows: the next is then kept."""
+        return self.state.get("prefers_rows", False)
 
     @property
     def bias(self) -> nn.Parameter | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from torch import nn
@@ -41,11 +42,14 @@ class Preconditioner:
     def __init__(self, method: type[KroneckerOptimizer], model: nn.Module, **options: Any):
         if not (isinstance(method, type) and issubclass(method, KroneckerOptimizer)):
             raise TypeError(f"method must be one of CGD, ACP, NNN, KFAC and EKFAC, got {method!r}")
-        for name in _OF_THE_OTHER:
-            if name in options:
+        params = options.pop("params", None)
+        params = None if params is None else list(params)
+        groups = [group for group in params or () if isinstance(group, dict)]
+        for given, name in itertools.product((options, *groups), _OF_THE_OTHER):
+            if name in given:
                 raise TypeError(f"{name} belongs to the optimizer behind the preconditioner")
         # momentum 0: no buffers
-        self._method = method(model, momentum=0.0, nesterov=False, **options)
+        self._method = method(model, momentum=0.0, nesterov=False, params=params, **options)
         self._method.rewrites_gradients = True
 
     def step(self) -> None:

@@ -12,6 +12,8 @@ predicts h (Levenberg-Marquardt), and gamma, which damps the factors, how low M 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,15 +33,42 @@ class PaperRecipe:
     def __init__(self, optimizer: KroneckerOptimizer):
         if optimizer._likelihood is None:
             raise ValueError("recipe='paper' needs the likelihood of the model's outputs")
-        if len(optimizer.param_groups) > 1:
-            raise ValueError("params must be one group for recipe='paper', got several")
+        if optimizer._factors == "empirical":
+            raise ValueError("factors must not be 'empirical' for recipe='paper'")
         self._optimizer = optimizer
+        self.check()
         self._call: tuple[tuple, dict, Tensor] | None = None
-        self.ratio = math.nan
-        self._handle = optimizer._model.register_forward_hook(Hook(self._keep), with_kwargs=True)
+        self.ratio = self.predicted = math.nan
+        self._random = torch.get_rng_state()
+        model = optimizer._model
+        self._handles = [
+            model.register_forward_pre_hook(Hook(self._begin)),
+            model.register_forward_hook(Hook(self._keep), with_kwargs=True),
+        ]
 
     def remove(self) -> None:
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
+
+    def check(self) -> None:
+        """Raises if there are several param groups."""
+        if len(self._optimizer.param_groups) > 1:
+            raise ValueError("params must be one group for recipe='paper', got several")
+
+    def _begin(self, *_: Any) -> None:
+        if torch.is_grad_enabled():
+            self._random = torch.get_rng_state()
+
+    @contextmanager
+    def _same_network(self) -> Iterator[None]:
+        """Calls of the model draw the dropout of the batch's own call, and move no buffer."""
+        model = self._optimizer._model
+        buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(self._random)
+            yield
+        for buffer, before in buffers:
+            buffer.copy_(before)
 
     def _keep(self, module: Any, args: tuple, kwargs: dict, output: Tensor) -> None:
         if torch.is_grad_enabled():
@@ -69,6 +98,7 @@ class PaperRecipe:
         predicted, delta, group["gamma"] = min(reversed(proposals), key=lambda p: p[0])
         if group["gamma"] != gammas[-1]:
             self._invert(anew=True)
+        self.predicted = predicted
         self._take(delta)
         if (optimizer._steps + 1) % T1 == 0:
             # A share lr of the minimum's step: M(lr delta) - M(0) = lr (2 - lr) (M(delta) - M(0))
@@ -106,7 +136,7 @@ class PaperRecipe:
         quadratic = self._fisher(updates, steps) + damping * _inner(steps, steps)
         slope = _inner(steps, [[self._slope(u) for u in updates]])[:, 0]
         if not (quadratic.isfinite().all() and slope.isfinite().all()):
-            return math.inf, [(u.param, u.delta) for u in updates]
+            return math.inf, [(u.param, torch.full_like(u.param, math.nan)) for u in updates]
         weights = -torch.linalg.lstsq(quadratic, slope[:, None], driver="gelsd").solution[:, 0]
         predicted = (0.5 * weights @ quadratic @ weights + slope @ weights).item()
         delta = []
@@ -130,14 +160,15 @@ class PaperRecipe:
         at = {names[u.param]: u.param.detach() for u in updates}
 
         def run(params: dict[str, Tensor]) -> Tensor:
-            # Running statistics are changed in place: those of copies.
+            # A derivative may not be written into buffers: copies.
             buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
             return torch.func.functional_call(model, buffers | params, args, kwargs)
 
         images = []
         for step in steps:
             tangent = {names[u.param]: s for u, s in zip(updates, step, strict=True)}
-            _, moved = torch.func.jvp(run, (at,), (tangent,))
+            with self._same_network():
+                _, moved = torch.func.jvp(run, (at,), (tangent,))
             images.append(likelihood.curvature_sqrt_product(outputs, moved, transposed=True))
         flat = torch.stack([image.flatten() for image in images]).double()
         return (flat @ flat.T).cpu()
@@ -156,16 +187,18 @@ class PaperRecipe:
     def _adapt(self, before: float, predicted: float) -> None:
         """Levenberg-Marquardt: rho = (h(theta + delta) - h(theta)) / (M(delta) - M(0))."""
         optimizer, group = self._optimizer, self._optimizer.param_groups[0]
+        if not predicted < 0:  # no step was taken
+            return
         kept = [(param, param.grad) for param in group["params"]]
         for param, _ in kept:
             param.grad = None  # the closure may clear them in place
         try:
-            with optimizer.unobserved(), torch.enable_grad():
+            with optimizer.unobserved(), self._same_network(), torch.enable_grad():
                 after = self._objective(optimizer.closure())
         finally:
             for param, grad in kept:
                 param.grad = grad
-        self.ratio = (after - before) / predicted if predicted < 0 else math.nan
+        self.ratio = (after - before) / predicted
         if self.ratio > 0.75:
             group["damping"] *= OMEGA_1
         elif not self.ratio >= 0.25:

@@ -175,7 +175,7 @@ def test_ten_steps_follow_an_independent_loop(factors):
                 s["diagonal"], s["seen"] = torch.outer(out[0], eigenvalues), s["weight"]
             gradient = grads(layer) + eta * values(layer)
             gradient[:, :-1] -= torch.outer(gradient[:, -1], mean)
-            damped = s["diagonal"] + lam + delta * s["diagonal"].mean()
+            damped = s["diagonal"] + lam + eta + delta * s["diagonal"].mean()
             step = s["out"] @ ((s["out"].T @ gradient @ s["basis"]) / damped) @ s["basis"].T
             length = length + (step * gradient).sum()
             step[:, -1] -= step[:, :-1] @ mean
