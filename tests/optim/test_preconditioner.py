@@ -206,3 +206,27 @@ def test_layers_without_bias_and_half_precision_gradients():
         assert p.grad.dtype == torch.bfloat16
         assert p.grad.isfinite().all()
         assert not torch.equal(p.grad, gradient)
+
+
+def test_gradients_that_no_layer_owns_become_zero_too():
+    model = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 2))
+    with pytest.warns(UserWarning, match="trains the others"):
+        preconditioner = fused_so.Preconditioner(fused_so.ACP, model)
+    x = torch.randn(8, 4)
+    model(x).square().mean().backward()
+    before = model[0].weight.grad.clone()
+    preconditioner.step()
+    assert torch.equal(model[0].weight.grad, before)
+    model.zero_grad()
+    x[0, 0] = float("nan")
+    with pytest.warns(UserWarning, match="not finite|NaN or Inf"):
+        model(x).square().mean().backward()
+        preconditioner.step()
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in model.parameters())
+
+
+def test_a_group_cannot_set_what_the_other_optimizer_does_either():
+    model = chain(3, 2)
+    groups = [{"params": model.parameters(), "lr": 3.0}]
+    with pytest.raises(TypeError, match="lr belongs to the optimizer behind"):
+        fused_so.Preconditioner(fused_so.ACP, model, params=groups)

@@ -333,3 +333,58 @@ def test_hooks_are_removed():
     assert not model._forward_pre_hooks
     model(torch.randn(9, 4, dtype=DOUBLE))
     assert opt._recipe._call is None
+
+
+def test_a_second_group_is_refused_and_leaves_the_first():
+    model, other = build(plain=False), nn.Linear(2, 2, dtype=DOUBLE)
+    opt = paper(model)
+    with pytest.raises(ValueError, match="params must be one group"):
+        opt.add_param_group({"params": other.parameters()})
+    assert len(opt.param_groups) == 1
+
+
+def test_the_damping_is_judged_on_the_same_network():
+    model = nn.Sequential(nn.Linear(4, 40, dtype=DOUBLE), nn.Dropout(), nn.Linear(40, 2).double())
+    opt = paper(model, damping=1e6)
+    x, y = torch.randn(20, 4, dtype=DOUBLE), torch.randn(20, 2, dtype=DOUBLE)
+    for _ in range(5):
+        opt.step(closure_of(model, opt, x, y))
+    # The loss falls by the slope of so small a step, of which the damping takes a half: unless
+    # other units are dropped.
+    assert opt.diagnostics()["ratio"] == pytest.approx(2, abs=1e-3)
+
+
+class Jump(torch.autograd.Function):
+    """x, whose forward-mode derivative is not finite."""
+
+    @staticmethod
+    def forward(x):
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+    @staticmethod
+    def jvp(ctx, t):
+        return t * float("inf")
+
+
+class Jumping(nn.Module):
+    def forward(self, x):
+        return Jump.apply(x)
+
+
+def test_a_model_that_is_not_finite_takes_no_step():
+    model = nn.Sequential(nn.Linear(4, 2, dtype=DOUBLE), Jumping())
+    opt = paper(model)
+    before = parameters(model)
+    with pytest.warns(UserWarning, match="not finite"):
+        opt.step(
+            closure_of(model, opt, torch.randn(9, 4, dtype=DOUBLE), torch.randn(9, 2).double())
+        )
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
