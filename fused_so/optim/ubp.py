@@ -45,9 +45,10 @@ class UBP(ModelOptimizer):
     of `fused_so.optim.chain`, nn.Flatten, and nn.Dropout in eval mode. The loss is that of
     `likelihood`, on the model's outputs (n, o). One batch a step: hooks keep the rows of the last
     backward pass through the model until the step, whether `loss.backward(); opt.step()` or
-    `opt.step(closure)` runs it. If the gradients are not those of that pass, up to one factor
-    (several passes were accumulated, or clipped by value), the step is that of SGD, and a warning
-    says so; a penalty in the loss that is small beside it is taken along uncorrected.
+    `opt.step(closure)` runs it. The gradients are to be those of that pass, up to one factor, the
+    topmost one's. A parameter whose gradient is not (several passes were accumulated, or it was
+    clipped by value or by a norm of its own) takes the step of SGD, and a warning says so; a
+    penalty in the loss that is small beside the gradient is taken along uncorrected.
 
     Args:
         model: the chain to train.
@@ -328,7 +329,7 @@ class UBP(ModelOptimizer):
         if not agrees:
             self._warn_once(
                 ("passes",),
-                "the gradients are not those of the last backward pass through the model, up to "
-                "one factor (were several passes accumulated, or gradients clipped by value?); "
-                "such steps are those of SGD",
+                "some gradients are not those of the last backward pass through the model, up to "
+                "one factor (were several passes accumulated, or gradients clipped by value or "
+                "layer by layer?); their parameters take the step of SGD",
             )

@@ -801,6 +801,52 @@ def test_gradients_of_something_else_make_it_sgd_with_a_warning(how):
     assert_same(dict(model.named_parameters()), expected, rtol=1e-14, atol=1e-15)
 
 
+def own_gradients(model, fixed, lr):
+    """SGD's change for the parameters in `fixed`, of the gradients they have; UBP's for others."""
+    held = {name: p.grad.clone() for name, p in model.named_parameters() if name in fixed}
+    return lambda name, gradient: -lr * held.get(name, gradient)
+
+
+@pytest.mark.parametrize("fixed", [("0.weight",), ("2.weight", "4.bias"), ("6.bias",)])
+@pytest.mark.parametrize("how", ["clipped by value", "clipped by a norm of their own"])
+@pytest.mark.parametrize("mode", ["matrix_free", "jacobian"])
+def test_each_gradient_of_something_else_takes_sgds_step(fixed, how, mode):
+    """The layers below still hear of what it really changes."""
+    likelihood, y = problem("gaussian")
+    model, x = chain(*BOTTLENECK), inputs()
+    opt = ubp(model, 0.2, likelihood, mode=mode)
+    backward(model, likelihood, x, y)
+    chosen = [p for name, p in model.named_parameters() if name in fixed]
+    if how == "clipped by value":
+        nn.utils.clip_grad_value_(chosen, 1e-3)
+    else:
+        nn.utils.clip_grad_norm_(chosen, 1e-3)
+    change = own_gradients(model, fixed, 0.2)
+    expected = dense(model, x, lambda f: likelihood.value(f, y), change)
+    with pytest.warns(UserWarning, match="not those of the last backward pass"):
+        opt.step()
+    assert_same(dict(model.named_parameters()), expected, rtol=1e-12, atol=1e-13)
+
+
+def test_a_limit_by_value_that_only_lower_layers_reach_is_seen():
+    likelihood, y = problem("gaussian")
+    model, x = chain(*BOTTLENECK), inputs()
+    with torch.no_grad():
+        model[6].weight.mul_(30)
+    opt = ubp(model, 0.2, likelihood)
+    backward(model, likelihood, 10 * x, y)
+    largest = {name: p.grad.abs().max().item() for name, p in model.named_parameters()}
+    limit = max(largest["6.weight"], largest["6.bias"]) * 1.01
+    fixed = [name for name, value in largest.items() if value > limit]
+    assert "0.weight" in fixed
+    nn.utils.clip_grad_value_(model.parameters(), limit)
+    change = own_gradients(model, fixed, 0.2)
+    expected = dense(model, 10 * x, lambda f: likelihood.value(f, y), change)
+    with pytest.warns(UserWarning, match="not those of the last backward pass"):
+        opt.step()
+    assert_same(dict(model.named_parameters()), expected, rtol=1e-12, atol=1e-13)
+
+
 def test_clipping_the_norm_clips_the_corrected_gradient():
     likelihood, y = problem("gaussian")
     model, x = chain(*BOTTLENECK), inputs()
