@@ -330,6 +330,6 @@ class UBP(ModelOptimizer):
             self._warn_once(
                 ("passes",),
                 "some gradients are not those of the last backward pass through the model, up to "
-                "one factor (were several passes accumulated, or gradients clipped by value or "
-                "layer by layer?); their parameters take the step of SGD",
+                "one factor (were several passes accumulated, gradients clipped by value or "
+                "layer by layer, or too small for float16?); their parameters take the step of SGD",
             )

@@ -144,7 +144,10 @@ class Descent:
         ]
         product = torch.stack(products, 1).double()
         expected = (signal.T @ weights).double()
-        sizes = (signal.abs().T @ weights.abs()).double().norm(dim=0)
+        # h v may cancel, its rounding does not; squares of tiny inputs vanish in float32.
+        reach = torch.linalg.vector_norm(h, dim=1, dtype=torch.float64).to(h.dtype)
+        reaches = torch.stack([reach if p is weight else ones for p in trained], 1)
+        sizes = (signal.abs().T @ reaches).double().norm(dim=0)
         topmost = self._share is None
         if topmost:
             square = expected[:, 0].dot(expected[:, 0])

@@ -954,6 +954,25 @@ def test_low_precision_models_and_autocast(dtype):
         assert (low[name].float() - exact[name]).norm() < rounding * scale
 
 
+@pytest.mark.parametrize("n", [1, 16])
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.GELU])
+def test_rounding_in_low_precision_is_not_taken_for_another_gradient(n, activation):
+    """Sums of few examples may nearly cancel, their rounding does not."""
+    widths = (196, 250, 125, 62, 8, 62, 125, 250, 196)
+    model = chain(*widths, dtype=torch.float32, activation=activation, seed=0)
+    likelihood = fused_so.Gaussian()
+    opt = ubp(model, 0.01, likelihood)
+    x = torch.rand(n, 196, generator=torch.Generator().manual_seed(4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(5):
+            opt.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                out = model(x)
+            likelihood.value(out, x).backward()
+            opt.step()
+
+
 def test_compiled_models_learn_the_same():
     likelihood, y = problem("gaussian")
     x = inputs()
