@@ -526,10 +526,28 @@ def test_explain_says_which_and_why():
 # Activations and models.
 
 
+def test_activations_that_are_linear_piece_by_piece_are_supported():
+    pieces = {nn.Hardshrink, nn.Hardsigmoid, nn.Hardtanh, nn.LeakyReLU, nn.ReLU, nn.ReLU6}
+    assert pieces | {nn.Softshrink, nn.Threshold} <= set(ACTIVATIONS)
+    likelihood, y = problem("bernoulli")
+    x = inputs()
+    for activation in (
+        nn.Hardsigmoid,
+        lambda: nn.Hardshrink(0.1),
+        lambda: nn.Softshrink(0.1),
+        lambda: nn.Threshold(0.1, 0.2),
+    ):
+        model = chain(*BOTTLENECK, activation=activation)
+        expected = dense(model, x, lambda f: likelihood.value(f, y), plain_change(0.5))
+        for curvature in ("gauss_newton", "hessian"):
+            got = stepped(model, 0.5, likelihood, x, y, curvature=curvature)
+            assert_same(got, expected, rtol=1e-12, atol=1e-13)
+
+
 @pytest.mark.parametrize("kind", ACTIVATIONS)
 def test_derivatives_of_every_activation(kind):
     a = torch.linspace(-4, 4, 63, dtype=DOUBLE).reshape(7, 9) + 0.013
-    module = kind()
+    module = kind(0.5, -2.0) if kind is nn.Threshold else kind()
     link = Link("", nn.Linear(1, 1), [module])
     slope, bend = link.derivatives(a, module(a.clone()), second=True)
     expected = torch.func.vmap(torch.func.vmap(torch.func.grad(module)))(a)
@@ -593,7 +611,10 @@ def twice():
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (lambda: nn.Sequential(nn.Linear(4, 4), nn.PReLU()), r"module '1' \(PReLU\): is not one"),
+        (
+            lambda: nn.Sequential(nn.Linear(4, 4), nn.PReLU()),
+            r"module '1' \(PReLU\): is not one of them; activations may be CELU, .*, Threshold$",
+        ),
         (lambda: nn.Sequential(nn.Linear(4, 4), nn.Softmax(1)), r"module '1' \(Softmax\)"),
         (lambda: nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), r"module '1' \(LayerNorm\)"),
         (
