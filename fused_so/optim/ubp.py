@@ -78,8 +78,10 @@ class UBP(ModelOptimizer):
         grad_scaler: the torch.amp.GradScaler in use, if any: the signals are seen before they are
             unscaled. Without it corrections are lost.
         params: parameters or param groups of the model; by default all that require a gradient. A
-            group may set lr, max_correction, momentum, nesterov, weight_decay. Others stay as they
-            are, and signals pass through them.
+            group may set lr, max_correction, momentum, nesterov, weight_decay. A layer has one
+            signal and goes by the max_correction of its weight's group, of its bias's only if the
+            weight is not trained. Other parameters stay as they are, and signals pass through
+            them.
 
     Raises:
         TypeError, ValueError: an option out of its range, or a model that is no chain; also from

@@ -458,6 +458,20 @@ def test_a_signal_differs_from_the_plain_one_by_no_more_than_the_bound():
         assert_same(got, expected, rtol=1e-12, atol=1e-13)
 
 
+def test_a_layer_goes_by_the_bound_of_its_weights_group():
+    likelihood, y = problem("gaussian")
+    model, x = chain(*BOTTLENECK), inputs()
+    expected = stepped(model, 0.5, likelihood, x, y, max_correction=0.3)
+    parameters = dict(model.named_parameters())
+    biases = [p for name, p in parameters.items() if name.endswith("bias")]
+    weights = [p for name, p in parameters.items() if name.endswith("weight")]
+    groups = [{"params": biases, "max_correction": 0.01}, {"params": weights}]
+    opt = ubp(model, 0.5, likelihood, max_correction=0.3, params=groups)
+    backward(model, likelihood, x, y)
+    opt.step()
+    assert_same(dict(model.named_parameters()), expected, rtol=0, atol=0)
+
+
 def test_diagnostics_have_the_ratio_of_every_layer_below_the_top():
     likelihood, y = problem("gaussian")
     model, x = chain(*BOTTLENECK), inputs()
