@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 ACTIVATIONS = (
-    nn.CELU, nn.ELU, nn.GELU, nn.Hardswish, nn.Hardtanh, nn.LeakyReLU,
-    nn.LogSigmoid, nn.Mish, nn.ReLU, nn.ReLU6, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus,
-    nn.Softsign, nn.Tanh, nn.Tanhshrink,
+    nn.CELU, nn.ELU, nn.GELU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh,
+    nn.LeakyReLU, nn.LogSigmoid, nn.Mish, nn.ReLU, nn.ReLU6, nn.SELU, nn.SiLU, nn.Sigmoid,
+    nn.Softplus, nn.Softshrink, nn.Softsign, nn.Tanh, nn.Tanhshrink, nn.Threshold,
 )  # fmt: skip
 DROPOUTS = (nn.Dropout, nn.AlphaDropout)
 
@@ -58,12 +58,20 @@ def _by_autograd(
     a = a.detach().requires_grad_()
     y = a.clone()  # a leaf cannot be changed in place
     for activation in activations:
-        y = activation(y)
+        y = _straight(activation, y) if type(activation) is nn.Hardsigmoid else activation(y)
     (slope,) = torch.autograd.grad(y.sum(), a, create_graph=second)
     if not second or not slope.requires_grad:
         return slope.detach(), None
     (bend,) = torch.autograd.grad(slope.sum(), a, allow_unused=True)
     return slope.detach(), bend
+
+
+def _straight(activation: nn.Module, a: Tensor) -> Tensor:
+    """A piecewise linear activation whose backward torch cannot differentiate: its line at a."""
+    at = a.detach().requires_grad_()
+    y = activation(at)
+    (slope,) = torch.autograd.grad(y.sum(), at)
+    return y.detach() + slope * (a - at.detach())
 
 
 def find_chain(model: nn.Module) -> tuple[list[Link], nn.Module, list[tuple[str, nn.Module]]]:
@@ -124,7 +132,8 @@ def _reason(module: nn.Module) -> str:
         return mode if module.training else "in eval mode, fold it into the nn.Linear before it"
     if any(True for _ in module.children()):
         return "has a forward of its own, which may not be a chain (a residual connection)"
-    return "is not one of them"
+    known = ", ".join(kind.__name__ for kind in ACTIVATIONS)
+    return f"is not one of them; activations may be {known}"
 
 
 def _refuse(name: str, module: nn.Module, reason: str) -> None:

@@ -45,9 +45,10 @@ class UBP(ModelOptimizer):
     of `fused_so.optim.chain`, nn.Flatten, and nn.Dropout in eval mode. The loss is that of
     `likelihood`, on the model's outputs (n, o). One batch a step: hooks keep the rows of the last
     backward pass through the model until the step, whether `loss.backward(); opt.step()` or
-    `opt.step(closure)` runs it. If the gradients are not those of that pass, up to one factor
-    (several passes were accumulated, or clipped by value), the step is that of SGD, and a warning
-    says so; a penalty in the loss that is small beside it is taken along uncorrected.
+    `opt.step(closure)` runs it. The gradients are to be those of that pass, up to one factor, the
+    topmost one's. A parameter whose gradient is not (several passes were accumulated, or it was
+    clipped by value or by a norm of its own) takes the step of SGD, and a warning says so; a
+    penalty in the loss that is small beside the gradient is taken along uncorrected.
 
     Args:
         model: the chain to train.
@@ -77,8 +78,10 @@ class UBP(ModelOptimizer):
         grad_scaler: the torch.amp.GradScaler in use, if any: the signals are seen before they are
             unscaled. Without it corrections are lost.
         params: parameters or param groups of the model; by default all that require a gradient. A
-            group may set lr, max_correction, momentum, nesterov, weight_decay. Others stay as they
-            are, and signals pass through them.
+            group may set lr, max_correction, momentum, nesterov, weight_decay. A layer has one
+            signal and goes by the max_correction of its weight's group, of its bias's only if the
+            weight is not trained. Other parameters stay as they are, and signals pass through
+            them.
 
     Raises:
         TypeError, ValueError: an option out of its range, or a model that is no chain; also from
@@ -328,7 +331,7 @@ class UBP(ModelOptimizer):
         if not agrees:
             self._warn_once(
                 ("passes",),
-                "the gradients are not those of the last backward pass through the model, up to "
-                "one factor (were several passes accumulated, or gradients clipped by value?); "
-                "such steps are those of SGD",
+                "some gradients are not those of the last backward pass through the model, up to "
+                "one factor (were several passes accumulated, gradients clipped by value or "
+                "layer by layer, or too small for float16?); their parameters take the step of SGD",
             )

@@ -55,8 +55,8 @@ class Descent:
         self._eps = torch.finfo(passage.outputs.dtype).eps
         self.updates: list[Update] = []
         self.ratios: dict[str, Tensor] = {}
-        self.agrees: Tensor | None = None
-        """Whether the gradients are those of the passage, times one factor; 0-dim."""
+        self.agrees = torch.ones((), dtype=torch.bool, device=passage.outputs.device)
+        """Whether all gradients are those of the passage, times one factor; 0-dim."""
 
     def run(self) -> None:
         trained = [i for i, link in enumerate(self._links) if self._trained(link)]
@@ -83,18 +83,16 @@ class Descent:
             signal = signal * slope
             error = None if error is None else error.mul_(slope)
         trained = self._trained(link)
-        if trained and self._share is None:
-            self._share = self._measure_share(link, h, signal)
+        shares = self._measure_shares(trained, weight, h, signal) if trained else ()
 
         # grad_W = da h^T and grad_b = da, of which p.grad is the plain part
-        shared = None if error is None else error * self._share
         changes: dict[nn.Parameter, Change] = {}
-        for p in trained:
+        for p, share in zip(trained, shares, strict=True):
             delta = accumulate(p.grad)
-            if shared is not None and p is weight:
-                delta = torch.addmm(delta, shared.T, h)
-            elif shared is not None:
-                delta = delta + shared.sum(0)
+            if error is not None and p is weight:
+                delta = torch.addmm(delta, (error * share).T, h)
+            elif error is not None:
+                delta = delta + error.sum(0) * share
             self.updates.append(Update(p, delta))
             changes[p] = self._change(p, delta)
         if index == lowest:
@@ -128,27 +126,44 @@ class Descent:
         factor = torch.where(size > 0, (limit * reference / size).clamp(max=1.0), 1.0)
         return error.mul_(factor.to(error.dtype))
 
-    def _measure_share(self, link: Link, h: Tensor, signal: Tensor) -> Tensor:
-        """c in p.grad = c * (the passage's gradient), of the topmost trained layer; or 0.
+    def _measure_shares(
+        self, trained: list[nn.Parameter], weight: nn.Parameter, h: Tensor, signal: Tensor
+    ) -> Tensor:
+        """c in p.grad = c * (the passage's gradient), for the parameters of a layer; or 0.
 
-        Both sides are multiplied by one random vector. A clipped gradient has c < 1, and so then
-        have corrections, which are gradients too.
+        The topmost trained parameter says what c is; another gradient than that has 0, and so no
+        correction. A clipped gradient has c < 1, and so then have corrections, which are gradients
+        too. Both sides are multiplied by one random vector.
         """
-        weight, bias = link.linear.weight, link.linear.bias
-        if self._trained(link)[0] is weight:
-            v = probe(h.shape[1], h.dtype, h.device)
-            product, weights = accumulate(weight.grad) @ v, h @ v
-        else:
-            product, weights = accumulate(bias.grad), h.new_ones(h.shape[0])
-        expected, size = (signal.T @ weights).double(), (signal.abs().T @ weights.abs()).double()
-        product = product.double()
-        square = expected.dot(expected)
-        share = torch.where(square > 0, product.dot(expected) / square, 1.0)
+        v = probe(h.shape[1], h.dtype, h.device)
+        ones = h.new_ones(h.shape[0])
+        weights = torch.stack([h @ v if p is weight else ones for p in trained], 1)
+        gradients = [accumulate(p.grad) for p in trained]
+        products = [
+            grad @ v if p is weight else grad for p, grad in zip(trained, gradients, strict=True)
+        ]
+        product = torch.stack(products, 1).double()
+        expected = (signal.T @ weights).double()
+        # h v may cancel, its rounding does not; squares of tiny inputs vanish in float32.
+        reach = torch.linalg.vector_norm(h, dim=1, dtype=torch.float64).to(h.dtype)
+        reaches = torch.stack([reach if p is weight else ones for p in trained], 1)
+        sizes = (signal.abs().T @ reaches).double().norm(dim=0)
+        topmost = self._share is None
+        if topmost:
+            square = expected[:, 0].dot(expected[:, 0])
+            fit = product[:, 0].dot(expected[:, 0]) / square
+            self._share = torch.where(square > 0, fit, 1.0)
         # Rounding in the dtypes of the passage, and products in TF32.
         rounding = max(1e-3, 4 * self._eps)
-        agrees = (product - share * expected).norm() <= rounding * share.abs() * size.norm()
-        self.agrees = agrees | ~product.norm().isfinite()
-        return torch.where(agrees, share, 0.0).to(signal.dtype)
+        misses = (product - self._share * expected).norm(dim=0)
+        agree = misses <= rounding * self._share.abs() * sizes
+        # What is not finite has a warning of its own.
+        passed = agree | ~misses.isfinite()
+        self.agrees = self.agrees & passed.all()
+        shares = torch.where(agree, self._share, 0.0).to(signal.dtype)
+        if topmost:
+            self._share = torch.where(passed[0], self._share, 0.0)
+        return shares
 
 
 def _movement(h: Tensor, of_weight: Change | None, of_bias: Change | None) -> Tensor | None:

@@ -458,6 +458,20 @@ def test_a_signal_differs_from_the_plain_one_by_no_more_than_the_bound():
         assert_same(got, expected, rtol=1e-12, atol=1e-13)
 
 
+def test_a_layer_goes_by_the_bound_of_its_weights_group():
+    likelihood, y = problem("gaussian")
+    model, x = chain(*BOTTLENECK), inputs()
+    expected = stepped(model, 0.5, likelihood, x, y, max_correction=0.3)
+    parameters = dict(model.named_parameters())
+    biases = [p for name, p in parameters.items() if name.endswith("bias")]
+    weights = [p for name, p in parameters.items() if name.endswith("weight")]
+    groups = [{"params": biases, "max_correction": 0.01}, {"params": weights}]
+    opt = ubp(model, 0.5, likelihood, max_correction=0.3, params=groups)
+    backward(model, likelihood, x, y)
+    opt.step()
+    assert_same(dict(model.named_parameters()), expected, rtol=0, atol=0)
+
+
 def test_diagnostics_have_the_ratio_of_every_layer_below_the_top():
     likelihood, y = problem("gaussian")
     model, x = chain(*BOTTLENECK), inputs()
@@ -526,10 +540,28 @@ def test_explain_says_which_and_why():
 # Activations and models.
 
 
+def test_activations_that_are_linear_piece_by_piece_are_supported():
+    pieces = {nn.Hardshrink, nn.Hardsigmoid, nn.Hardtanh, nn.LeakyReLU, nn.ReLU, nn.ReLU6}
+    assert pieces | {nn.Softshrink, nn.Threshold} <= set(ACTIVATIONS)
+    likelihood, y = problem("bernoulli")
+    x = inputs()
+    for activation in (
+        nn.Hardsigmoid,
+        lambda: nn.Hardshrink(0.1),
+        lambda: nn.Softshrink(0.1),
+        lambda: nn.Threshold(0.1, 0.2),
+    ):
+        model = chain(*BOTTLENECK, activation=activation)
+        expected = dense(model, x, lambda f: likelihood.value(f, y), plain_change(0.5))
+        for curvature in ("gauss_newton", "hessian"):
+            got = stepped(model, 0.5, likelihood, x, y, curvature=curvature)
+            assert_same(got, expected, rtol=1e-12, atol=1e-13)
+
+
 @pytest.mark.parametrize("kind", ACTIVATIONS)
 def test_derivatives_of_every_activation(kind):
     a = torch.linspace(-4, 4, 63, dtype=DOUBLE).reshape(7, 9) + 0.013
-    module = kind()
+    module = kind(0.5, -2.0) if kind is nn.Threshold else kind()
     link = Link("", nn.Linear(1, 1), [module])
     slope, bend = link.derivatives(a, module(a.clone()), second=True)
     expected = torch.func.vmap(torch.func.vmap(torch.func.grad(module)))(a)
@@ -593,7 +625,10 @@ def twice():
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (lambda: nn.Sequential(nn.Linear(4, 4), nn.PReLU()), r"module '1' \(PReLU\): is not one"),
+        (
+            lambda: nn.Sequential(nn.Linear(4, 4), nn.PReLU()),
+            r"module '1' \(PReLU\): is not one of them; activations may be CELU, .*, Threshold$",
+        ),
         (lambda: nn.Sequential(nn.Linear(4, 4), nn.Softmax(1)), r"module '1' \(Softmax\)"),
         (lambda: nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), r"module '1' \(LayerNorm\)"),
         (
@@ -801,6 +836,52 @@ def test_gradients_of_something_else_make_it_sgd_with_a_warning(how):
     assert_same(dict(model.named_parameters()), expected, rtol=1e-14, atol=1e-15)
 
 
+def own_gradients(model, fixed, lr):
+    """SGD's change for the parameters in `fixed`, of the gradients they have; UBP's for others."""
+    held = {name: p.grad.clone() for name, p in model.named_parameters() if name in fixed}
+    return lambda name, gradient: -lr * held.get(name, gradient)
+
+
+@pytest.mark.parametrize("fixed", [("0.weight",), ("2.weight", "4.bias"), ("6.bias",)])
+@pytest.mark.parametrize("how", ["clipped by value", "clipped by a norm of their own"])
+@pytest.mark.parametrize("mode", ["matrix_free", "jacobian"])
+def test_each_gradient_of_something_else_takes_sgds_step(fixed, how, mode):
+    """The layers below still hear of what it really changes."""
+    likelihood, y = problem("gaussian")
+    model, x = chain(*BOTTLENECK), inputs()
+    opt = ubp(model, 0.2, likelihood, mode=mode)
+    backward(model, likelihood, x, y)
+    chosen = [p for name, p in model.named_parameters() if name in fixed]
+    if how == "clipped by value":
+        nn.utils.clip_grad_value_(chosen, 1e-3)
+    else:
+        nn.utils.clip_grad_norm_(chosen, 1e-3)
+    change = own_gradients(model, fixed, 0.2)
+    expected = dense(model, x, lambda f: likelihood.value(f, y), change)
+    with pytest.warns(UserWarning, match="not those of the last backward pass"):
+        opt.step()
+    assert_same(dict(model.named_parameters()), expected, rtol=1e-12, atol=1e-13)
+
+
+def test_a_limit_by_value_that_only_lower_layers_reach_is_seen():
+    likelihood, y = problem("gaussian")
+    model, x = chain(*BOTTLENECK), inputs()
+    with torch.no_grad():
+        model[6].weight.mul_(30)
+    opt = ubp(model, 0.2, likelihood)
+    backward(model, likelihood, 10 * x, y)
+    largest = {name: p.grad.abs().max().item() for name, p in model.named_parameters()}
+    limit = max(largest["6.weight"], largest["6.bias"]) * 1.01
+    fixed = [name for name, value in largest.items() if value > limit]
+    assert "0.weight" in fixed
+    nn.utils.clip_grad_value_(model.parameters(), limit)
+    change = own_gradients(model, fixed, 0.2)
+    expected = dense(model, 10 * x, lambda f: likelihood.value(f, y), change)
+    with pytest.warns(UserWarning, match="not those of the last backward pass"):
+        opt.step()
+    assert_same(dict(model.named_parameters()), expected, rtol=1e-12, atol=1e-13)
+
+
 def test_clipping_the_norm_clips_the_corrected_gradient():
     likelihood, y = problem("gaussian")
     model, x = chain(*BOTTLENECK), inputs()
@@ -906,6 +987,25 @@ def test_low_precision_models_and_autocast(dtype):
         assert low[name].dtype == dtype
         scale = step[name] + model.state_dict()[name].norm()
         assert (low[name].float() - exact[name]).norm() < rounding * scale
+
+
+@pytest.mark.parametrize("n", [1, 16])
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.GELU])
+def test_rounding_in_low_precision_is_not_taken_for_another_gradient(n, activation):
+    """Sums of few examples may nearly cancel, their rounding does not."""
+    widths = (196, 250, 125, 62, 8, 62, 125, 250, 196)
+    model = chain(*widths, dtype=torch.float32, activation=activation, seed=0)
+    likelihood = fused_so.Gaussian()
+    opt = ubp(model, 0.01, likelihood)
+    x = torch.rand(n, 196, generator=torch.Generator().manual_seed(4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(5):
+            opt.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                out = model(x)
+            likelihood.value(out, x).backward()
+            opt.step()
 
 
 def test_compiled_models_learn_the_same():
