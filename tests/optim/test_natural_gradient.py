@@ -113,6 +113,28 @@ def test_empirical_fisher_step_is_the_dense_one(name, change, solver):
     torch.testing.assert_close(got, solved(matrix, 0.02, gradient), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("metric", ["empirical_fisher", "gauss_newton"])
+@pytest.mark.parametrize("kept", [["0.weight", "2.weight"], ["0.bias", "2.weight", "2.bias"]])
+def test_gram_solves_for_its_own_parameters_alone(kept, metric, frozen):
+    """Others, trained elsewhere or not at all, have no part in the matrix."""
+    steps = []
+    for solver in ("gram", "cg"):
+        torch.manual_seed(4)
+        model, x, y = problem("categorical")
+        named = dict(model.named_parameters())
+        for name, p in named.items():
+            p.requires_grad_(name in kept or not frozen)
+        opt = fused_so.NaturalGradient(
+            model, 1.0, likelihood=fused_so.Categorical(), solver=solver, metric=metric,
+            damping=0.02, params=[named[name] for name in kept],
+            **({} if solver == "gram" else EXACT),
+        )  # fmt: skip
+        backward(opt, model, x, y, "categorical")
+        steps.append(step_of(opt, model))
+    torch.testing.assert_close(*steps, rtol=1e-10, atol=1e-11)
+
+
 def test_sampled_fisher_by_gram_is_the_same_draw_by_cg():
     steps = []
     for solver in ("gram", "cg"):
