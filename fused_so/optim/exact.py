@@ -173,4 +173,3 @@ class ExactSteps:
                 f"solver 'gram' needs layer {self._layers[module]!r} to be called once in every "
                 f"call of the model, with an example a row: {expected} rows, got {got}; use 'cg'"
             )
-

@@ -67,7 +67,8 @@ class NaturalGradient(ModelOptimizer):
             arguments or a dict of keyword arguments. None: those of the gradient. The attribute
             may be set at any time.
         momentum, nesterov, weight_decay, max_norm: as for `ACP`; the norm is that of
-            G + damping, over all param groups.
+            G + damping, over all param groups. Momentum and weight decay, which the loss of a
+            batch cannot judge, are not for an adapting damping or a line search.
         grad_scaler: the torch.amp.GradScaler in use, if any; "empirical_fisher" and "hessian" see
             gradients before they are unscaled.
         params: parameters or param groups; by default all of the model's that require a gradient.
@@ -178,6 +179,12 @@ class NaturalGradient(ModelOptimizer):
             )
         self._trust.check_group(group)
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As for any torch optimizer; damping is by default what it is now."""
+        if self._model is not None:
+            param_group = {"damping": self.damping, **param_group}
+        super().add_param_group(param_group)
+
     def _adopt(self) -> None:
         names = {p: name for name, p in self._watch.module.named_parameters()}
         params = [p for group in self.param_groups for p in group["params"]]
@@ -199,13 +206,16 @@ class NaturalGradient(ModelOptimizer):
 
         Args:
             closure: computes the loss and its gradients, as for any torch optimizer. It is called
-                again where damping adapts or a line search runs; p.grad keeps what it was.
+                again where damping adapts or a line search runs; p.grad keeps what it was. What
+                the model does in training it does again: BatchNorm takes the batch in once more,
+                and dropout is drawn anew (the losses then differ by more than the step).
             metric_inputs: the inputs whose metric this step takes, as one batch of the
                 attribute: a tensor, a tuple of arguments or a dict of keyword arguments.
 
         Raises:
             TypeError, ValueError: metric_inputs cannot be used; an adapting damping or a line
-                search without closure; no backward pass through the model since the last step.
+                search without closure, or with one that does not return the loss; no backward
+                pass through the model since the last step.
         """
         batch = None
         if metric_inputs is not None:
@@ -214,10 +224,10 @@ class NaturalGradient(ModelOptimizer):
                     f"metric_inputs must be None for metric {self._metric!r}, which needs targets"
                 )
             batch = batch_of(metric_inputs)
-        self._trust.begin(closure)
+        self._trust.check_closure(closure)
         self._step_inputs = batch
         try:
-            return super().step(None if closure is None else self._trust.closure)
+            return super().step(closure)
         finally:
             self._forget_batch()
 
@@ -240,6 +250,7 @@ class NaturalGradient(ModelOptimizer):
         updates = [update for _, own in grouped for update in own]
         if not updates:
             return
+        self._trust.check_loss(self.loss)
         deltas = self._deltas([update.param for update in updates])
         if deltas is None:
             return
@@ -256,11 +267,12 @@ class NaturalGradient(ModelOptimizer):
                     (bound,) = self._bounds(group, [updates])
                     self._apply(group, own, bound * scale)
 
-        def look(closure: Callable[[], Any]) -> Any:
+        def look() -> Any:
             with torch.enable_grad():
-                return self._watch.quietly(closure)
+                return self._watch.quietly(self.closure)
 
-        failure = self._trust.take(self.param_groups, updates, self._steps, apply, look)
+        groups, loss = self.param_groups, self.loss
+        failure = self._trust.take(groups, updates, self._steps, apply, look, loss)
         if failure:
             self._skip(f"{failure} along the step")
 

@@ -376,6 +376,27 @@ def test_a_line_search_that_finds_nothing_leaves_the_parameters():
     assert opt.damping == pytest.approx(0.3)
 
 
+def test_a_step_that_is_halved_to_nothing_has_not_fallen():
+    model, x, y = problem()
+    torch.nn.utils.vector_to_parameters(torch.ones(39, dtype=DOUBLE), model.parameters())
+    opt = fused_so.NaturalGradient(
+        model, 1e-15, likelihood=LIKELIHOODS["gaussian"], damping=0.2, line_search=True,
+        adapt_damping_every=1,
+    )  # fmt: skip
+    losses = []
+
+    def closure():
+        backward(opt, model, x, y)
+        losses.append(1.0 if (flat(model.parameters()) == 1).all() else 2.0)
+        return losses[-1]
+
+    with pytest.warns(UserWarning, match="the loss did not fall along the step"):
+        opt.step(closure)
+    assert losses[:2] == [1.0, 2.0]
+    assert losses[-1] == 1.0
+    assert opt.damping == pytest.approx(0.3)
+
+
 def test_a_step_into_nan_is_taken_back_where_the_loss_is_looked_at():
     model, x, y = problem()
     opt = fused_so.NaturalGradient(
@@ -391,6 +412,67 @@ def test_a_step_into_nan_is_taken_back_where_the_loss_is_looked_at():
         opt.step(closure)
     assert torch.equal(flat(model.parameters()), before)
     assert opt.damping == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("line_search", [False, True])
+@pytest.mark.parametrize("solver", ["cg", "gram"])
+@pytest.mark.parametrize("lr", [0.0, 1.0])
+def test_a_step_that_moves_nothing_says_nothing_of_the_damping(lr, solver, line_search):
+    model, x, y = problem()
+    opt = fused_so.NaturalGradient(
+        model, lr, likelihood=LIKELIHOODS["gaussian"], solver=solver, damping=0.2,
+        adapt_damping_every=1, line_search=line_search,
+    )  # fmt: skip
+    calls, before = [], flat(model.parameters())
+
+    def closure():
+        calls.append(1)
+        loss = backward(opt, model, x, y)
+        if lr:
+            model[0].weight.grad[0, 0] = math.nan
+        return loss
+
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            opt.step(closure)
+    messages = [str(w.message) for w in warned if issubclass(w.category, UserWarning)]
+    assert [("a gradient is not finite" in m) for m in messages] == [True] * bool(lr)
+    assert (opt.damping, len(calls)) == (0.2, 2)
+    assert torch.equal(flat(model.parameters()), before)
+
+
+def test_a_param_group_that_comes_later_takes_the_damping_as_it_is():
+    model, x, y = problem()
+    opt = fused_so.NaturalGradient(
+        model, 1.0, likelihood=LIKELIHOODS["gaussian"], damping=0.2, adapt_damping_every=1,
+        params=model[0].parameters(),
+    )  # fmt: skip
+    opt.step(lambda: backward(opt, model, x, y))
+    assert opt.damping != 0.2
+    with pytest.raises(ValueError, match="damping must be the same in all param groups"):
+        opt.add_param_group({"params": model[2].parameters(), "damping": 0.2})
+    opt.add_param_group({"params": model[2].parameters()})
+    assert opt.param_groups[1]["damping"] == opt.damping
+
+
+@pytest.mark.parametrize(("given", "got"), [(None, "NoneType"), (torch.ones(2), r"shape \(2,\)")])
+@pytest.mark.parametrize("looks", [{"line_search": True}, {"adapt_damping_every": 1}])
+def test_a_closure_must_return_the_loss(looks, given, got):
+    model, x, y = problem()
+    opt = fused_so.NaturalGradient(
+        model, 1.0, likelihood=LIKELIHOODS["gaussian"], warm_start=True, **looks
+    )
+    before = flat(model.parameters())
+
+    def closure():
+        backward(opt, model, x, y)
+        return given
+
+    with pytest.raises(TypeError, match=f"closure must return the loss, a number .* got {got}"):
+        opt.step(closure)
+    assert torch.equal(flat(model.parameters()), before)
+    assert not opt.state
 
 
 @pytest.mark.parametrize("lr", [1.0, 0.25])
@@ -624,6 +706,8 @@ def test_the_solver_sees_one_vector_and_the_model_one_extra_call():
         ({"damping": 0.0, "solver": "gram"}, ValueError, "damping must be positive, got 0"),
         ({"damping": 0.0, "adapt_damping_every": 1}, ValueError, "damping must be positive with"),
         ({"momentum": 0.9, "line_search": True}, ValueError, "momentum must be 0 with adapt_damp"),
+        ({"weight_decay": 0.1, "line_search": True}, ValueError, "weight_decay must be 0 with ad"),
+        ({"weight_decay": 0.1, "adapt_damping_every": 1}, ValueError, "weight_decay must be 0 wi"),
         ({"line_search": 1}, TypeError, "line_search must be True or False, got 1"),
         ({"max_iterations": 0}, ValueError, "max_iterations must be a whole number >= 1, got 0"),
         ({"preconditioner": 1}, TypeError, "preconditioner must be callable, got int"),
