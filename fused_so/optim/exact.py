@@ -96,6 +96,8 @@ class ExactSteps:
             damping=damping,
             share=None if c is None else c / scale * ones,
             waits=waits,
+            # Three products are little beside a backward pass of their own, not beside none.
+            refine=self._metric != "empirical_fisher",
         )
         found = {
             p: delta

@@ -135,6 +135,31 @@ def test_gram_solves_for_its_own_parameters_alone(kept, metric, frozen):
     torch.testing.assert_close(*steps, rtol=1e-10, atol=1e-11)
 
 
+@pytest.mark.parametrize("damping", [1e-2, 1e-3, 1e-4, 1e-5])
+def test_gram_in_float32_loses_no_more_than_a_dense_solve(damping):
+    model, likelihood = chain(20, 30, 3), fused_so.Gaussian(reduction="batchmean")
+    single = copy.deepcopy(model).float()
+    model.load_state_dict(single.state_dict())
+    x, y = torch.randn(64, 20), torch.randn(64, 3)
+    loss = 0.5 * (model(x.double()) - y).square().sum() / 64
+    gradient = flat(torch.autograd.grad(loss, list(model.parameters())))
+    matrix = gauss_newton(model, lambda out: likelihood.value(out, y.double()), x.double())
+    matrix += damping * torch.eye(len(matrix), dtype=DOUBLE)
+    expected = torch.linalg.solve(matrix, gradient)
+    before = flat(single.parameters())
+    opt = fused_so.NaturalGradient(
+        single, 1.0, likelihood=likelihood, solver="gram", damping=damping
+    )
+    opt.zero_grad()
+    (0.5 * (single(x) - y).square().sum() / 64).backward()
+    dense = torch.linalg.solve(matrix.float(), flat(p.grad for p in single.parameters()))
+    opt.step()
+    got = before - flat(single.parameters())
+    # and the rounding of the parameters that a step is added to
+    rounding = torch.finfo(torch.float32).eps * (before.norm() + got.norm())
+    assert (got - expected).norm() <= (dense - expected).norm() + rounding
+
+
 def test_sampled_fisher_by_gram_is_the_same_draw_by_cg():
     steps = []
     for solver in ("gram", "cg"):
