@@ -28,14 +28,16 @@ class NaturalGradient(ModelOptimizer):
     .. math:: G = \sum_i J_i^T D_i J_i
 
     for any differentiable module whose output is one tensor, the parameters of a `likelihood`. G
-    is never made: cg and minres_qlp know it by products, one forward-mode and one reverse-mode
-    pass each, and gram by inner products of per-example gradients.
+    is never made: cg and minres_qlp know it by products, two backward passes each (J v is one
+    through the backward pass that makes J^T u), and gram by inner products of per-example
+    gradients.
 
     The usual loop works: a hook keeps the inputs of the model's calls, and the gradients of its
     outputs, from the backward pass to the step. `p.grad` is the right-hand side and only read, so
     clipping and accumulation (of means over equally many micro-batches) work. The model is called
     once more in a step (not by gram with "empirical_fisher"), and draws its dropout anew there;
-    buffers stay. Its functions must be twice differentiable (of attention, the math backend is).
+    buffers stay. Its functions must be twice differentiable; attention takes PyTorch's math backend
+    there, which is.
 
     Args:
         model: the module to train.
@@ -54,7 +56,9 @@ class NaturalGradient(ModelOptimizer):
         damping: lambda >= 0, in units of G, which are those of the loss; > 0 for gram. The same
             in all param groups.
         adapt_damping_every: adjust damping every so many steps by the reduction ratio; None: it
-            is fixed. Takes the loss again, after the step: see `step`.
+            is fixed. Takes the loss again, after the step: see `step`. The fall that the ratio
+            expects is that of an exact solution, or of one by cg from zero, with one lr for all
+            groups; with minres_qlp stopped early, `warm_start` or several lr it is an estimate.
         line_search: halve the step until the loss falls by a hundredth of what its slope
             promises; after ten times the parameters stay. Takes the loss again.
         max_iterations, tolerance, progress: of the solver, as in `fused_so.solvers`.
@@ -65,7 +69,8 @@ class NaturalGradient(ModelOptimizer):
         metric_inputs: an iterable of inputs (a loader of unlabeled ones, say) for the metric
             instead of those of the gradient, one a step, round and round: a tensor, a tuple of
             arguments or a dict of keyword arguments. None: those of the gradient. The attribute
-            may be set at any time.
+            may be set at any time. Where it stands is not part of a checkpoint: a resumed run
+            begins the iterable anew.
         momentum, nesterov, weight_decay, max_norm: as for `ACP`; the norm is that of
             G + damping, over all param groups. Momentum and weight decay, which the loss of a
             batch cannot judge, are not for an adapting damping or a line search.

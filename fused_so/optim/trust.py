@@ -26,6 +26,10 @@ class Trust:
     eta^2 (g^T Delta - lambda ||Delta||^2). Equation 30 of Pascanu and Bengio 2014 has only the
     first term below, for small steps: at eta = 1 a perfect quadratic model would make it 1/2, and
     lambda would never fall. Where the second is as large as the first (eta >= 2) it is left out.
+
+    That product holds where the residual r = g - (G + lambda I) Delta has no part along Delta, as
+    in exact solutions and those of CG from zero; elsewhere Delta^T r is missing, and with several
+    learning rates eta is only their mean along the slope. One product with G would tell.
     """
 
     def __init__(self, every: int | None, searches: bool):

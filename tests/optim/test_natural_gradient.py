@@ -17,6 +17,7 @@ from tests.optim.dense import (
     chain,
     example_gradients,
     flat,
+    function,
     gauss_newton,
     loss_hessian,
 )
@@ -224,6 +225,31 @@ def test_any_module_and_keyword_arguments():
     expected = solved(matrix[keep][:, keep], 0.01, gradient)
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
     assert all(torch.equal(b, buffers[name]) for name, b in model.named_buffers())
+
+
+@pytest.mark.filterwarnings("ignore:.*the solution is no descent")
+@pytest.mark.parametrize("metric", ["gauss_newton", "hessian"])
+def test_a_transformer_s_layer_as_it_is(metric):
+    """Flash attention, which a CPU takes too, has no second derivative."""
+    attending = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True, dtype=DOUBLE)
+    model = nn.Sequential(attending, nn.Flatten(), nn.Linear(12, 3, dtype=DOUBLE))
+    x, y = torch.randn(6, 3, 4, dtype=DOUBLE), torch.randint(3, (6,))
+    opt = fused_so.NaturalGradient(
+        model, 1.0, likelihood=fused_so.Categorical(), metric=metric, solver="minres_qlp",
+        damping=0.1, max_iterations=2000, tolerance=1e-12,
+    )  # fmt: skip
+    backward(opt, model, x, y, "categorical")
+    gradient = gradient_of(model)
+    value = lambda out: nn.functional.cross_entropy(out, y)  # noqa: E731
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        if metric == "gauss_newton":
+            matrix = gauss_newton(model, value, x)
+        else:  # torch.func's second derivative of this layer is not that of finite differences
+            call, at = function(model, x)
+            matrix = torch.autograd.functional.hessian(lambda v: value(call(v)), at)
+    opt.step()
+    expected = solved(matrix, 0.1, gradient)
+    torch.testing.assert_close(flat(opt.last_solution.x), expected, rtol=1e-8, atol=1e-9)
 
 
 @pytest.mark.parametrize("solver", ["cg", "gram"])
