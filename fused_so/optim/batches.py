@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fused_so.capture import inert
 
@@ -47,9 +48,13 @@ class Watch:
     def call(self, batch: Batch, params: Mapping[str, Tensor]) -> Tensor:
         """The model's outputs with other parameters; buffers such as running means stay put."""
         buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
-        return self.quietly(
-            lambda: functional_call(self.module, {**params, **buffers}, batch.args, batch.kwargs)
-        )
+        # The other backends of attention cannot be differentiated twice.
+        with sdpa_kernel(SDPBackend.MATH):
+            return self.quietly(
+                lambda: functional_call(
+                    self.module, {**params, **buffers}, batch.args, batch.kwargs
+                )
+            )
 
     def quietly(self, function: Callable[[], Any]) -> Any:
         """Calls `function` and keeps nothing of what the model does in it."""

@@ -29,6 +29,7 @@ class ExactSteps:
     def __init__(self, watch: Watch, likelihood: Likelihood, metric: str):
         self._watch, self._likelihood, self._metric = watch, likelihood, metric
         self._layers: dict[nn.Linear, str] = {}
+        self._params: set[Tensor] = set()
         self._captures: list[Capture] = []
         self._calls: dict[nn.Linear, list[tuple[Tensor, Tensor]]] = {}
 
@@ -54,6 +55,7 @@ class ExactSteps:
             if module not in self._layers and self._metric == "empirical_fisher":
                 self._captures.append(Capture(module, partial(self._receive, module)))
             self._layers[module] = name
+        self._params.update(params)
 
     def _receive(self, module: nn.Linear, h: Tensor, g: Tensor) -> None:
         if self._watch.active:
@@ -79,7 +81,7 @@ class ExactSteps:
 
         The rows seen in the backward pass are those of `loss_scale` times the loss.
         """
-        layers = [m for m in self._layers if m.weight.grad is not None or _trained(m.bias)]
+        layers = [m for m in self._layers if self._trains(m.weight) or self._trains(m.bias)]
         if self._metric == "empirical_fisher":
             rows = [self._seen_rows(module, batches) for module in layers]
             scale = empirical_scale(self._likelihood, [batch.score for batch in batches])
@@ -94,6 +96,8 @@ class ExactSteps:
             damping=damping,
             share=None if c is None else c / scale * ones,
             waits=waits,
+            # Three products are little beside a backward pass of their own, not beside none.
+            refine=self._metric != "empirical_fisher",
         )
         found = {
             p: delta
@@ -103,9 +107,14 @@ class ExactSteps:
         return [found[p] for p in params]
 
     def _rows(self, module: nn.Linear, g: Tensor, h: Tensor) -> Rows:
-        bias = module.bias.grad if _trained(module.bias) else None
-        weight = module.weight.grad
-        return Rows(accumulate(g), accumulate(h), weight, bias)
+        bias = module.bias.grad if self._trains(module.bias) else None
+        if self._trains(module.weight):
+            return Rows(accumulate(g), accumulate(h), module.weight.grad, bias)
+        # To a bias alone the layer's inputs mean nothing.
+        return Rows(accumulate(g), accumulate(h[:, :0]), module.weight[:, :0], bias)
+
+    def _trains(self, param: Tensor | None) -> bool:
+        return param in self._params and param.grad is not None
 
     def _seen_rows(self, module: nn.Linear, batches: Sequence[Batch]) -> Rows:
         calls = self._calls.get(module, [])
@@ -166,7 +175,3 @@ class ExactSteps:
                 f"solver 'gram' needs layer {self._layers[module]!r} to be called once in every "
                 f"call of the model, with an example a row: {expected} rows, got {got}; use 'cg'"
             )
-
-
-def _trained(param: Tensor | None) -> bool:
-    return param is not None and param.grad is not None

@@ -28,14 +28,16 @@ class NaturalGradient(ModelOptimizer):
     .. math:: G = \sum_i J_i^T D_i J_i
 
     for any differentiable module whose output is one tensor, the parameters of a `likelihood`. G
-    is never made: cg and minres_qlp know it by products, one forward-mode and one reverse-mode
-    pass each, and gram by inner products of per-example gradients.
+    is never made: cg and minres_qlp know it by products, two backward passes each (J v is one
+    through the backward pass that makes J^T u), and gram by inner products of per-example
+    gradients.
 
     The usual loop works: a hook keeps the inputs of the model's calls, and the gradients of its
     outputs, from the backward pass to the step. `p.grad` is the right-hand side and only read, so
     clipping and accumulation (of means over equally many micro-batches) work. The model is called
     once more in a step (not by gram with "empirical_fisher"), and draws its dropout anew there;
-    buffers stay. Its functions must be twice differentiable (of attention, the math backend is).
+    buffers stay. Its functions must be twice differentiable; attention takes PyTorch's math backend
+    there, which is.
 
     Args:
         model: the module to train.
@@ -54,7 +56,9 @@ class NaturalGradient(ModelOptimizer):
         damping: lambda >= 0, in units of G, which are those of the loss; > 0 for gram. The same
             in all param groups.
         adapt_damping_every: adjust damping every so many steps by the reduction ratio; None: it
-            is fixed. Takes the loss again, after the step: see `step`.
+            is fixed. Takes the loss again, after the step: see `step`. The fall that the ratio
+            expects is that of an exact solution, or of one by cg from zero, with one lr for all
+            groups; with minres_qlp stopped early, `warm_start` or several lr it is an estimate.
         line_search: halve the step until the loss falls by a hundredth of what its slope
             promises; after ten times the parameters stay. Takes the loss again.
         max_iterations, tolerance, progress: of the solver, as in `fused_so.solvers`.
@@ -65,9 +69,11 @@ class NaturalGradient(ModelOptimizer):
         metric_inputs: an iterable of inputs (a loader of unlabeled ones, say) for the metric
             instead of those of the gradient, one a step, round and round: a tensor, a tuple of
             arguments or a dict of keyword arguments. None: those of the gradient. The attribute
-            may be set at any time.
+            may be set at any time. Where it stands is not part of a checkpoint: a resumed run
+            begins the iterable anew.
         momentum, nesterov, weight_decay, max_norm: as for `ACP`; the norm is that of
-            G + damping, over all param groups.
+            G + damping, over all param groups. Momentum and weight decay, which the loss of a
+            batch cannot judge, are not for an adapting damping or a line search.
         grad_scaler: the torch.amp.GradScaler in use, if any; "empirical_fisher" and "hessian" see
             gradients before they are unscaled.
         params: parameters or param groups; by default all of the model's that require a gradient.
@@ -178,6 +184,12 @@ class NaturalGradient(ModelOptimizer):
             )
         self._trust.check_group(group)
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As for any torch optimizer; damping is by default what it is now."""
+        if self._model is not None:
+            param_group = {"damping": self.damping, **param_group}
+        super().add_param_group(param_group)
+
     def _adopt(self) -> None:
         names = {p: name for name, p in self._watch.module.named_parameters()}
         params = [p for group in self.param_groups for p in group["params"]]
@@ -199,13 +211,16 @@ class NaturalGradient(ModelOptimizer):
 
         Args:
             closure: computes the loss and its gradients, as for any torch optimizer. It is called
-                again where damping adapts or a line search runs; p.grad keeps what it was.
+                again where damping adapts or a line search runs; p.grad keeps what it was. What
+                the model does in training it does again: BatchNorm takes the batch in once more,
+                and dropout is drawn anew (the losses then differ by more than the step).
             metric_inputs: the inputs whose metric this step takes, as one batch of the
                 attribute: a tensor, a tuple of arguments or a dict of keyword arguments.
 
         Raises:
             TypeError, ValueError: metric_inputs cannot be used; an adapting damping or a line
-                search without closure; no backward pass through the model since the last step.
+                search without closure, or with one that does not return the loss; no backward
+                pass through the model since the last step.
         """
         batch = None
         if metric_inputs is not None:
@@ -214,10 +229,10 @@ class NaturalGradient(ModelOptimizer):
                     f"metric_inputs must be None for metric {self._metric!r}, which needs targets"
                 )
             batch = batch_of(metric_inputs)
-        self._trust.begin(closure)
+        self._trust.check_closure(closure)
         self._step_inputs = batch
         try:
-            return super().step(None if closure is None else self._trust.closure)
+            return super().step(closure)
         finally:
             self._forget_batch()
 
@@ -240,6 +255,7 @@ class NaturalGradient(ModelOptimizer):
         updates = [update for _, own in grouped for update in own]
         if not updates:
             return
+        self._trust.check_loss(self.loss)
         deltas = self._deltas([update.param for update in updates])
         if deltas is None:
             return
@@ -256,11 +272,12 @@ class NaturalGradient(ModelOptimizer):
                     (bound,) = self._bounds(group, [updates])
                     self._apply(group, own, bound * scale)
 
-        def look(closure: Callable[[], Any]) -> Any:
+        def look() -> Any:
             with torch.enable_grad():
-                return self._watch.quietly(closure)
+                return self._watch.quietly(self.closure)
 
-        failure = self._trust.take(self.param_groups, updates, self._steps, apply, look)
+        groups, loss = self.param_groups, self.loss
+        failure = self._trust.take(groups, updates, self._steps, apply, look, loss)
         if failure:
             self._skip(f"{failure} along the step")
 

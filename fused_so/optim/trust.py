@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fused_so.optim.base import Update, squared_norm
 
@@ -25,37 +26,39 @@ class Trust:
     eta^2 (g^T Delta - lambda ||Delta||^2). Equation 30 of Pascanu and Bengio 2014 has only the
     first term below, for small steps: at eta = 1 a perfect quadratic model would make it 1/2, and
     lambda would never fall. Where the second is as large as the first (eta >= 2) it is left out.
+
+    That product holds where the residual r = g - (G + lambda I) Delta has no part along Delta, as
+    in exact solutions and those of CG from zero; elsewhere Delta^T r is missing, and with several
+    learning rates eta is only their mean along the slope. One product with G would tell.
     """
 
     def __init__(self, every: int | None, searches: bool):
         self._every, self._searches = every, searches
-        self._closure: Callable[[], Any] | None = None
-        self._loss: Any = None
 
     @property
     def _looks(self) -> bool:
         return self._every is not None or self._searches
 
     def check_group(self, group: dict[str, Any]) -> None:
-        if self._looks and group["momentum"]:
-            raise ValueError(
-                f"momentum must be 0 with adapt_damping_every or line_search, which judge the "
-                f"step of one batch, got {group['momentum']}"
-            )
+        for name in ("momentum", "weight_decay"):
+            if self._looks and group[name]:
+                raise ValueError(
+                    f"{name} must be 0 with adapt_damping_every or line_search, which judge the "
+                    f"step that the loss of one batch asks for, got {group[name]}"
+                )
         if self._every is not None and not group["damping"]:
             raise ValueError("damping must be positive with adapt_damping_every, got 0")
 
-    def begin(self, closure: Callable[[], Any] | None) -> None:
+    def check_closure(self, closure: Callable[[], Any] | None) -> None:
         if self._looks and closure is None:
             raise ValueError(
                 "step must be given a closure that computes the loss, as in opt.step(closure), "
                 "with adapt_damping_every or line_search"
             )
-        self._closure = closure
 
-    def closure(self) -> Any:
-        self._loss = self._closure()
-        return self._loss
+    def check_loss(self, loss: Any) -> None:
+        if self._looks:
+            _number(loss)
 
     def take(
         self,
@@ -63,57 +66,73 @@ class Trust:
         updates: list[Update],
         steps: int,
         apply: Callable[[float], None],
-        look: Callable[[Callable[[], Any]], Any],
+        look: Callable[[], Any],
+        loss: Any,
     ) -> str | None:
         """Applies the updates, and judges them if it is due; a message if they were taken back.
 
-        `apply(scale)` takes them, `look(closure)` calls the closure unobserved.
+        `apply(scale)` takes them, `look()` calls the closure unobserved, `loss` is what it gave
+        before. A step that moves nothing (lr 0, a gradient that is not finite) is not judged.
         """
         adapts = self._every is not None and steps % self._every == 0
         if not (adapts or self._searches):
             apply(1.0)
             return None
-        loss = float(self._loss)
+        loss = _number(loss)
         before = [update.param.clone() for update in updates]
         grads = [update.param.grad for update in updates]
-        scale = 1.0
+        scale, failure = 1.0, None
         for _ in range(_HALVINGS if self._searches else 1):
             apply(scale)
+            moved = any(
+                not torch.equal(old, u.param) for old, u in zip(before, updates, strict=True)
+            )
+            if scale == 1.0 and not moved:
+                return None
             # g^T delta of what was really done, bounds and learning rates among it.
             promised = sum(
                 torch.sum((old - u.param).double() * g).item()
                 for old, u, g in zip(before, updates, grads, strict=True)
             )
             new = self._loss_now(updates, grads, look)
-            # NaN is no fall either.
-            if new <= loss - _SUFFICIENT * promised or (not self._searches and math.isfinite(new)):
+            # NaN is no fall either, nor is a step that halving has rounded to nothing.
+            falls = moved and new <= loss - _SUFFICIENT * promised
+            if falls or (not self._searches and math.isfinite(new)):
                 break
             for old, update in zip(before, updates, strict=True):
                 update.param.copy_(old)
             scale /= 2
         else:
-            promised = 0.0
+            failure = "the loss did not fall" if self._searches else "the loss was not finite"
         if adapts:
             ratio = -math.inf
-            if promised:
+            if failure is None:
                 ratio = (loss - new) / _predicted(updates, promised, groups[0]["damping"])
             for group in groups:
                 if not ratio >= 0.25:
                     group["damping"] *= 3 / 2
                 elif ratio > 0.75:
                     group["damping"] = max(group["damping"] * 2 / 3, _LEAST)
-        if promised:
-            return None
-        return "the loss did not fall" if self._searches else "the loss was not finite"
+        return failure
 
     def _loss_now(self, updates, grads, look) -> float:
         for update in updates:
             update.param.grad = None
         try:
-            return float(look(self._closure))
+            return _number(look())
         finally:
             for update, grad in zip(updates, grads, strict=True):
                 update.param.grad = grad
+
+
+def _number(loss: Any) -> float:
+    if not isinstance(loss, int | float) and not (isinstance(loss, Tensor) and loss.numel() == 1):
+        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise TypeError(
+            f"closure must return the loss, a number or a Tensor of one entry, with "
+            f"adapt_damping_every or line_search, got {got}"
+        )
+    return float(loss)
 
 
 def _predicted(updates: list[Update], promised: float, damping: float) -> float:

@@ -70,7 +70,8 @@ class System:
         self._shapes = [tensor.shape for tensor in tensors]
         self._sizes = [tensor.numel() for tensor in tensors]
         self.dtype = accumulate_dtype(tensors[0].dtype)
-        self.b = self.flatten("b", b)
+        # In units in which squares neither overflow nor vanish; the solution gets them back.
+        self.b, self._unit = normalized(self.flatten("b", b))
         self.eps = torch.finfo(self.dtype).eps
 
     @property
@@ -96,6 +97,10 @@ class System:
         shaped = [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
         return shaped[0] if self._single else shaped
 
+    def solution(self, flat: Tensor) -> Tensor | list[Tensor]:
+        """x in the units of b, shaped as it is; takes `flat` over."""
+        return self.shaped(flat if self._unit == 1.0 else flat.mul_(self._unit))
+
     def product(self, v: Tensor, out: Tensor | None = None) -> Tensor:
         """A v + damping v."""
         image = self.flatten("product", self._product(self.shaped(v)), out)
@@ -106,6 +111,15 @@ class System:
         if self._preconditioner is None:
             return r
         return self.flatten("preconditioner", self._preconditioner(self.shaped(r)))
+
+
+def normalized(v: Tensor) -> tuple[Tensor, float]:
+    """v over a power of two about its largest entry, which rounds nothing; and that power."""
+    largest = v.abs().max().item() if v.numel() else 0.0
+    if not largest or not math.isfinite(largest):
+        return v, 1.0
+    unit = 2.0 ** (math.frexp(largest)[1] - 1)
+    return v / unit, unit
 
 
 class Progress:

@@ -8,7 +8,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fused_so.solvers._system import Product, Progress, Solution, System, check_options
+from fused_so.solvers._system import (
+    Product,
+    Progress,
+    Solution,
+    System,
+    check_options,
+    normalized,
+)
 
 _ROUNDING = 16
 """A curvature of this many eps, relative to the largest one met, is zero."""
@@ -63,11 +70,11 @@ def cg(
     x, r = torch.zeros_like(b), b.clone()
     norm = b.norm().item()
     if not math.isfinite(norm):
-        return Solution(system.shaped(x), 0, math.nan, "not_finite")
+        return Solution(system.solution(x), 0, math.nan, "not_finite")
     if norm == 0:
-        return Solution(system.shaped(x), 0, 0.0, "converged")
+        return Solution(system.solution(x), 0, 0.0, "converged")
     if x0 is not None and not _start(system, x0, x, r):
-        return Solution(system.shaped(x), 0, 1.0, "not_finite")
+        return Solution(system.solution(x), 0, 1.0, "not_finite")
 
     iterations, largest, length, rz, rr = 0, 0.0, 0.0, 0.0, r.dot(r).item()
     p, q = torch.zeros_like(b), torch.empty_like(b)
@@ -111,12 +118,12 @@ def cg(
             status = "progress"
         elif iterations == max_iterations:
             status = "max_iterations"
-    return Solution(system.shaped(x), iterations, math.sqrt(rr) / norm, status)
+    return Solution(system.solution(x), iterations, math.sqrt(rr) / norm, status)
 
 
 def _start(system: System, x0: Tensor | Sequence[Tensor], x: Tensor, r: Tensor) -> bool:
     """Sets x = s x0 and r = b - s A x0, with phi(s x0) smallest; False if they are not finite."""
-    start = system.flatten("x0", x0)
+    start, _ = normalized(system.flatten("x0", x0))
     image = system.product(start)
     curvature, slope = start.dot(image).item(), start.dot(system.b).item()
     if not (math.isfinite(curvature) and math.isfinite(slope)):

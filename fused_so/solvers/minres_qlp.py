@@ -8,7 +8,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fused_so.solvers._system import Product, Progress, Solution, System, check_options
+from fused_so.solvers._system import (
+    Product,
+    Progress,
+    Solution,
+    System,
+    check_options,
+    normalized,
+)
 
 _ROUNDING = 16
 """What is smaller than this many eps, relative to the largest entry met, is zero."""
@@ -68,7 +75,7 @@ def minres_qlp(
         status = run.iterate(tolerance)
         if not status and run.iterations == max_iterations:
             status = "max_iterations"
-    return Solution(system.shaped(run.x()), run.iterations, run.residual, status)
+    return Solution(system.solution(run.x()), run.iterations, run.residual, status)
 
 
 class _Run:
@@ -196,7 +203,7 @@ def _start(system: System, x0: Tensor | Sequence[Tensor] | None) -> tuple[Tensor
     """s x0 and r = b - s A x0, which is smallest; None for r if they are not finite."""
     if x0 is None:
         return torch.zeros_like(system.b), system.b.clone()
-    start = system.flatten("x0", x0)
+    start, _ = normalized(system.flatten("x0", x0))
     image = system.product(start)
     weighted = system.precondition(image)
     square, slope = image.dot(weighted).item(), system.b.dot(weighted).item()

@@ -17,6 +17,7 @@ from tests.optim.dense import (
     chain,
     example_gradients,
     flat,
+    function,
     gauss_newton,
     loss_hessian,
 )
@@ -113,6 +114,53 @@ def test_empirical_fisher_step_is_the_dense_one(name, change, solver):
     torch.testing.assert_close(got, solved(matrix, 0.02, gradient), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("metric", ["empirical_fisher", "gauss_newton"])
+@pytest.mark.parametrize("kept", [["0.weight", "2.weight"], ["0.bias", "2.weight", "2.bias"]])
+def test_gram_solves_for_its_own_parameters_alone(kept, metric, frozen):
+    """Others, trained elsewhere or not at all, have no part in the matrix."""
+    steps = []
+    for solver in ("gram", "cg"):
+        torch.manual_seed(4)
+        model, x, y = problem("categorical")
+        named = dict(model.named_parameters())
+        for name, p in named.items():
+            p.requires_grad_(name in kept or not frozen)
+        opt = fused_so.NaturalGradient(
+            model, 1.0, likelihood=fused_so.Categorical(), solver=solver, metric=metric,
+            damping=0.02, params=[named[name] for name in kept],
+            **({} if solver == "gram" else EXACT),
+        )  # fmt: skip
+        backward(opt, model, x, y, "categorical")
+        steps.append(step_of(opt, model))
+    torch.testing.assert_close(*steps, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("damping", [1e-2, 1e-3, 1e-4, 1e-5])
+def test_gram_in_float32_loses_no_more_than_a_dense_solve(damping):
+    model, likelihood = chain(20, 30, 3), fused_so.Gaussian(reduction="batchmean")
+    single = copy.deepcopy(model).float()
+    model.load_state_dict(single.state_dict())
+    x, y = torch.randn(64, 20), torch.randn(64, 3)
+    loss = 0.5 * (model(x.double()) - y).square().sum() / 64
+    gradient = flat(torch.autograd.grad(loss, list(model.parameters())))
+    matrix = gauss_newton(model, lambda out: likelihood.value(out, y.double()), x.double())
+    matrix += damping * torch.eye(len(matrix), dtype=DOUBLE)
+    expected = torch.linalg.solve(matrix, gradient)
+    before = flat(single.parameters())
+    opt = fused_so.NaturalGradient(
+        single, 1.0, likelihood=likelihood, solver="gram", damping=damping
+    )
+    opt.zero_grad()
+    (0.5 * (single(x) - y).square().sum() / 64).backward()
+    dense = torch.linalg.solve(matrix.float(), flat(p.grad for p in single.parameters()))
+    opt.step()
+    got = before - flat(single.parameters())
+    # and the rounding of the parameters that a step is added to
+    rounding = torch.finfo(torch.float32).eps * (before.norm() + got.norm())
+    assert (got - expected).norm() <= (dense - expected).norm() + rounding
+
+
 def test_sampled_fisher_by_gram_is_the_same_draw_by_cg():
     steps = []
     for solver in ("gram", "cg"):
@@ -177,6 +225,31 @@ def test_any_module_and_keyword_arguments():
     expected = solved(matrix[keep][:, keep], 0.01, gradient)
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
     assert all(torch.equal(b, buffers[name]) for name, b in model.named_buffers())
+
+
+@pytest.mark.filterwarnings("ignore:.*the solution is no descent")
+@pytest.mark.parametrize("metric", ["gauss_newton", "hessian"])
+def test_a_transformer_s_layer_as_it_is(metric):
+    """Flash attention, which a CPU takes too, has no second derivative."""
+    attending = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True, dtype=DOUBLE)
+    model = nn.Sequential(attending, nn.Flatten(), nn.Linear(12, 3, dtype=DOUBLE))
+    x, y = torch.randn(6, 3, 4, dtype=DOUBLE), torch.randint(3, (6,))
+    opt = fused_so.NaturalGradient(
+        model, 1.0, likelihood=fused_so.Categorical(), metric=metric, solver="minres_qlp",
+        damping=0.1, max_iterations=2000, tolerance=1e-12,
+    )  # fmt: skip
+    backward(opt, model, x, y, "categorical")
+    gradient = gradient_of(model)
+    value = lambda out: nn.functional.cross_entropy(out, y)  # noqa: E731
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        if metric == "gauss_newton":
+            matrix = gauss_newton(model, value, x)
+        else:  # torch.func's second derivative of this layer is not that of finite differences
+            call, at = function(model, x)
+            matrix = torch.autograd.functional.hessian(lambda v: value(call(v)), at)
+    opt.step()
+    expected = solved(matrix, 0.1, gradient)
+    torch.testing.assert_close(flat(opt.last_solution.x), expected, rtol=1e-8, atol=1e-9)
 
 
 @pytest.mark.parametrize("solver", ["cg", "gram"])
@@ -354,6 +427,27 @@ def test_a_line_search_that_finds_nothing_leaves_the_parameters():
     assert opt.damping == pytest.approx(0.3)
 
 
+def test_a_step_that_is_halved_to_nothing_has_not_fallen():
+    model, x, y = problem()
+    torch.nn.utils.vector_to_parameters(torch.ones(39, dtype=DOUBLE), model.parameters())
+    opt = fused_so.NaturalGradient(
+        model, 1e-15, likelihood=LIKELIHOODS["gaussian"], damping=0.2, line_search=True,
+        adapt_damping_every=1,
+    )  # fmt: skip
+    losses = []
+
+    def closure():
+        backward(opt, model, x, y)
+        losses.append(1.0 if (flat(model.parameters()) == 1).all() else 2.0)
+        return losses[-1]
+
+    with pytest.warns(UserWarning, match="the loss did not fall along the step"):
+        opt.step(closure)
+    assert losses[:2] == [1.0, 2.0]
+    assert losses[-1] == 1.0
+    assert opt.damping == pytest.approx(0.3)
+
+
 def test_a_step_into_nan_is_taken_back_where_the_loss_is_looked_at():
     model, x, y = problem()
     opt = fused_so.NaturalGradient(
@@ -369,6 +463,67 @@ def test_a_step_into_nan_is_taken_back_where_the_loss_is_looked_at():
         opt.step(closure)
     assert torch.equal(flat(model.parameters()), before)
     assert opt.damping == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("line_search", [False, True])
+@pytest.mark.parametrize("solver", ["cg", "gram"])
+@pytest.mark.parametrize("lr", [0.0, 1.0])
+def test_a_step_that_moves_nothing_says_nothing_of_the_damping(lr, solver, line_search):
+    model, x, y = problem()
+    opt = fused_so.NaturalGradient(
+        model, lr, likelihood=LIKELIHOODS["gaussian"], solver=solver, damping=0.2,
+        adapt_damping_every=1, line_search=line_search,
+    )  # fmt: skip
+    calls, before = [], flat(model.parameters())
+
+    def closure():
+        calls.append(1)
+        loss = backward(opt, model, x, y)
+        if lr:
+            model[0].weight.grad[0, 0] = math.nan
+        return loss
+
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            opt.step(closure)
+    messages = [str(w.message) for w in warned if issubclass(w.category, UserWarning)]
+    assert [("a gradient is not finite" in m) for m in messages] == [True] * bool(lr)
+    assert (opt.damping, len(calls)) == (0.2, 2)
+    assert torch.equal(flat(model.parameters()), before)
+
+
+def test_a_param_group_that_comes_later_takes_the_damping_as_it_is():
+    model, x, y = problem()
+    opt = fused_so.NaturalGradient(
+        model, 1.0, likelihood=LIKELIHOODS["gaussian"], damping=0.2, adapt_damping_every=1,
+        params=model[0].parameters(),
+    )  # fmt: skip
+    opt.step(lambda: backward(opt, model, x, y))
+    assert opt.damping != 0.2
+    with pytest.raises(ValueError, match="damping must be the same in all param groups"):
+        opt.add_param_group({"params": model[2].parameters(), "damping": 0.2})
+    opt.add_param_group({"params": model[2].parameters()})
+    assert opt.param_groups[1]["damping"] == opt.damping
+
+
+@pytest.mark.parametrize(("given", "got"), [(None, "NoneType"), (torch.ones(2), r"shape \(2,\)")])
+@pytest.mark.parametrize("looks", [{"line_search": True}, {"adapt_damping_every": 1}])
+def test_a_closure_must_return_the_loss(looks, given, got):
+    model, x, y = problem()
+    opt = fused_so.NaturalGradient(
+        model, 1.0, likelihood=LIKELIHOODS["gaussian"], warm_start=True, **looks
+    )
+    before = flat(model.parameters())
+
+    def closure():
+        backward(opt, model, x, y)
+        return given
+
+    with pytest.raises(TypeError, match=f"closure must return the loss, a number .* got {got}"):
+        opt.step(closure)
+    assert torch.equal(flat(model.parameters()), before)
+    assert not opt.state
 
 
 @pytest.mark.parametrize("lr", [1.0, 0.25])
@@ -602,6 +757,8 @@ def test_the_solver_sees_one_vector_and_the_model_one_extra_call():
         ({"damping": 0.0, "solver": "gram"}, ValueError, "damping must be positive, got 0"),
         ({"damping": 0.0, "adapt_damping_every": 1}, ValueError, "damping must be positive with"),
         ({"momentum": 0.9, "line_search": True}, ValueError, "momentum must be 0 with adapt_damp"),
+        ({"weight_decay": 0.1, "line_search": True}, ValueError, "weight_decay must be 0 with ad"),
+        ({"weight_decay": 0.1, "adapt_damping_every": 1}, ValueError, "weight_decay must be 0 wi"),
         ({"line_search": 1}, TypeError, "line_search must be True or False, got 1"),
         ({"max_iterations": 0}, ValueError, "max_iterations must be a whole number >= 1, got 0"),
         ({"preconditioner": 1}, TypeError, "preconditioner must be callable, got int"),

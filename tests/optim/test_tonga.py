@@ -106,6 +106,27 @@ def test_relative_damping_is_a_share_of_the_mean_eigenvalue():
     torch.testing.assert_close(step_of(opt, model), dense_step(rows, gradient, damping, False))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
+@pytest.mark.parametrize("centered", [False, True])
+@pytest.mark.parametrize("decay", [None, 0.9])
+def test_examples_without_a_gradient_leave_nothing_to_do(decay, centered, dtype):
+    model, (x, _y) = chain(5, 4, 3, dtype=dtype), data()
+    opt = fused_so.TONGA(model, 1.0, centered=centered, decay=decay, momentum=0.0, nesterov=False)
+    before = flat(model.parameters())
+    # The squares of 1e-25 are nothing in float32.
+    for factor in (0.0,) if dtype == DOUBLE else (0.0, 1e-25):
+        opt.zero_grad()
+        (factor * model(x.to(dtype))).sum().backward()
+        opt.step()
+        assert torch.equal(flat(model.parameters()), before)
+    # A penalty's gradient is taken as it is.
+    opt.zero_grad()
+    (0.0 * model(x.to(dtype)).sum() + 0.5 * model[0].weight.square().sum()).backward()
+    step = step_of(opt, model)
+    assert torch.equal(step[:20], before[:20])
+    assert not step[20:].any()
+
+
 def test_centering_lengthens_the_step_and_does_not_turn_it():
     model, (x, y) = chain(5, 4, 3), data()
     steps = []

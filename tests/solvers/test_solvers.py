@@ -262,6 +262,24 @@ def test_vectors_are_in_the_accumulate_dtype(solver, dtype):
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("exponent", [-120, -60, 60, 120])
+@pytest.mark.parametrize("warm", [False, True])
+def test_the_units_of_the_right_hand_side_do_not_matter(warm, exponent, solver):
+    """Even where its square would overflow or vanish."""
+    a, b = symmetric(POSITIVE + 1).float(), torch.randn(20).clamp(-2, 2)
+    b = torch.where(b.abs() < 0.1, 1.0, b)
+    start = torch.randn(20) if warm else None
+    units = 2.0**exponent
+    expected = solver(lambda v: a @ v, b, x0=start, tolerance=1e-5)
+    solution = solver(
+        lambda v: a @ v, units * b, x0=units * start if warm else None, tolerance=1e-5
+    )
+    assert (solution.status, solution.iterations) == ("converged", expected.iterations)
+    assert solution.residual == expected.residual
+    torch.testing.assert_close(solution.x / units, expected.x, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_float32_needs_no_more_than_its_rounding_allows(solver):
     # Eigenvalues over eight decades: neither solver may take the small ones for a null space.
     a = symmetric(torch.arange(1, 201, dtype=DOUBLE) ** -1.0 + 1e-4).float()
