@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 
@@ -49,7 +50,10 @@ def minres_qlp(
             semi-definite A.
 
     Returns:
-        A `Solution`; its status is "least_squares" if b is not in the range of A.
+        A `Solution`; its status is "least_squares" if b is not in the range of A. From the square
+        root of the rounding unit on, eigenvalues and rounding look alike: then the iterations
+        go on, and the solution before is what counts unless the residual falls below its own by
+        more than rounding, which one product more decides.
 
     Raises:
         TypeError, ValueError: an argument, or what product or preconditioner gives, breaks a rule
@@ -75,6 +79,7 @@ def minres_qlp(
         status = run.iterate(tolerance)
         if not status and run.iterations == max_iterations:
             status = "max_iterations"
+    run, status = run.best(status)
     return Solution(system.solution(run.x()), run.iterations, run.residual, status)
 
 
@@ -91,6 +96,7 @@ class _Run:
         self._z, self._z_last = r, torch.zeros_like(r)
         self._beta = self._beta_last = 0.0
         self._largest = 0.0  # entry of T_k, about the norm of A
+        self._length = 0.0  # largest entry met of u_k, about the norm of x
         self._delta = self._epsilon = 0.0
         self._left = (-1.0, 0.0)
         # The last rows of L_k, newest last: its diagonal, the two below it, and L_k u_k = t_k.
@@ -98,6 +104,9 @@ class _Run:
         self._tau, self._mu = [0.0, 0.0], [0.0, 0.0, 0.0, 0.0]
         self._residual = r.clone() if stop.epsilon is not None else None
         self._phi = self._norm = 1.0
+        # As it would have ended where the residual seemed smallest, and how small ||A r|| was.
+        self._ending: _Run | None = None
+        self._bar = system.eps**0.5
 
     @property
     def residual(self) -> float:
@@ -143,24 +152,54 @@ class _Run:
         self._z_last, self._z, self._q = self._z, z, q
         self._beta_last, self._beta = beta, beta_next
         self.iterations += 1
-        if not self._factor(alpha, beta_next, v):
+        # ||A r_{k-1}|| over ||r_{k-1}||: if that is nothing beside ||A||, r_{k-1} is smallest.
+        c, s = self._left
+        root = math.hypot(s * self._delta - c * alpha, c * beta_next)
+        if root <= _ROUNDING * system.eps * self._largest:
+            self._factor(alpha, beta_next, v, last=True)
             return "least_squares"
+        self._foresee(root / self._largest, alpha, beta_next, v)
+        self._factor(alpha, beta_next, v)
         if self.residual <= tolerance:
             return "converged"
         return "progress" if self._stalls() else ""
 
-    def _factor(self, alpha: float, beta: float, v: Tensor) -> bool:
-        """Takes in column k of T_k, (beta_k, alpha_k, beta_{k+1}); False if it is the last."""
+    def _foresee(self, root: float, alpha: float, beta: float, v: Tensor) -> None:
+        """Keeps what ending here would give, while ||A r|| falls: later it is rounding's."""
+        if root < self._bar:
+            self._bar, self._ending = root, None
+            ending = copy.copy(self)
+            ending._settled, ending._w_last = self._settled.clone(), self._w_last.clone()
+            ending._residual = None
+            ending._factor(alpha, beta, v.clone(), last=True)
+            self._ending = ending
+        elif self._ending is not None:
+            self._bar = 0.0
+
+    def best(self, status: str) -> tuple[_Run, str]:
+        """This run, or the one that would have ended before if the residual fell no further."""
+        if self._ending is None or status in ("not_finite", "bad_preconditioner"):
+            return self, status
+        r = self._system.b - self._system.product(self.x())
+        residual = math.sqrt(abs(self._system.precondition(r).dot(r).item()))
+        # A fall that A x's rounding alone can make is none.
+        rounding = self._system.eps * self._largest * self._length
+        if residual + rounding <= abs(self._ending._phi):
+            return self, status
+        self._ending.iterations = self.iterations
+        return self._ending, "least_squares"
+
+    def _factor(self, alpha: float, beta: float, v: Tensor, last: bool = False) -> None:
+        """Takes in column k of T_k, (beta_k, alpha_k, beta_{k+1}).
+
+        If it is the last, T_k is singular: u_k ends with the shortest solution's zero.
+        """
         # Q_{k-1} on the column's middle two entries, and on the first two of the next one.
         c, s = self._left
         delta, gamma = c * self._delta + s * alpha, s * self._delta - c * alpha
         epsilon, self._epsilon, self._delta = self._epsilon, s * beta, -c * beta
-        # ||A r_{k-1}|| over ||r_{k-1}||: if that is nothing beside ||A||, r_{k-1} is smallest, and
-        # T_k singular: u_k ends with the shortest solution's zero. Rounding shows from sqrt(eps)
-        # on, where Lanczos vectors lose their orthogonality.
-        smallest = math.hypot(gamma, self._delta) <= self._system.eps**0.5 * self._largest
         # Q_k removes beta_{k+1}.
-        c, s, gamma = (0.0, 1.0, 0.0) if smallest else _reflection(gamma, beta)
+        c, s, gamma = (0.0, 1.0, 0.0) if last else _reflection(gamma, beta)
         # P_{k-2,k} removes epsilon_k, P_{k-1,k} what is left of delta_k; L_k has a new row.
         c2, s2, corner = _reflection(self._gamma[0], epsilon)
         delta, middle = s2 * self._theta[1] - c2 * delta, c2 * self._theta[1] + s2 * delta
@@ -175,6 +214,7 @@ class _Run:
         for row in range(3):
             known = lowest[row] * mu[row] + lower[row] * mu[row + 1]
             mu[row + 2] = (right[row] - known) / diagonal[row] if diagonal[row] else 0.0
+        self._length = max(self._length, *map(abs, mu[2:]))
         self._left, self._mu, self._phi = (c, s), mu[1:], s * self._phi
         self._gamma, self._theta, self._eta = diagonal[1:], lower[1:], lowest[1:]
         self._tau = right[1:]
@@ -189,7 +229,6 @@ class _Run:
         turned = self._w_last.mul_(s2).sub_(v, alpha=c2)
         self._w_last = torch.mul(self._w, c3, out=v).add_(turned, alpha=s3)
         self._w = turned.mul_(-c3).add_(self._w, alpha=s3)
-        return not smallest
 
     def _stalls(self) -> bool:
         if self._residual is None:

@@ -227,3 +227,14 @@ def test_bad_input(change, error, message):
     arguments = {"gs": [ones(6, 2), ones(6, 1)], "hs": [ones(6, 3), ones(6, 4)]} | change
     with pytest.raises(error, match=message):
         ops.grad_gram(**arguments)
+
+
+@pytest.mark.parametrize("centered", [False, True])
+def test_a_layer_without_inputs_is_its_bias(centered):
+    g, h = torch.randn(7, 3, dtype=torch.float64), torch.randn(7, 4, dtype=torch.float64)
+    gram = ops.grad_gram([g, g], [h[:, :0], h], biases=[True, False], centered=centered)
+    expected = (g @ g.T) * (1 + h @ h.T)
+    if centered:
+        expected = expected - expected.mean(0)
+        expected = expected - expected.mean(1, keepdim=True)
+    torch.testing.assert_close(gram, expected, rtol=1e-12, atol=1e-12)

@@ -77,6 +77,41 @@ def test_minres_qlp_gives_the_pseudoinverse_solution_of_inconsistent_systems(eig
     assert solution.residual == pytest.approx(smallest.item(), rel=1e-10)
 
 
+@pytest.mark.parametrize("iterations", [20, 60])
+@pytest.mark.parametrize("eigenvalues", [SINGULAR, SINGULAR_INDEFINITE])
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-2), (DOUBLE, 1e-10)])
+def test_rounding_does_not_hide_that_a_system_is_inconsistent(
+    dtype, error, eigenvalues, iterations
+):
+    """Lanczos vectors that have lost their orthogonality must not lead into the null space."""
+    for seed in range(12):
+        a = symmetric(eigenvalues, seed)
+        b = torch.randn(20, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+        single = a.to(dtype)
+        solution = minres_qlp(lambda v, a=single: a @ v, b, max_iterations=iterations, tolerance=0)
+        expected = shortest(a, b.double())
+        assert solution.status == "least_squares"
+        assert (solution.x - expected).norm() < error * expected.norm()
+
+
+@pytest.mark.parametrize("shape", ["two", "cluster", "decades"])
+@pytest.mark.parametrize(
+    ("dtype", "smallest", "tolerance"),
+    [(torch.float32, 1e-4, 1e-5), (torch.float32, 1e-5, 5e-3), (DOUBLE, 1e-9, 1e-10)],
+)
+def test_a_small_eigenvalue_is_none_of_zero(dtype, smallest, tolerance, shape):
+    values = {
+        "two": torch.tensor([1.0, smallest]),
+        "cluster": torch.cat([torch.ones(3), smallest * torch.arange(1, 6)]),
+        "decades": torch.logspace(0, math.log10(smallest), 12, dtype=DOUBLE),
+    }[shape].to(dtype)
+    b = torch.ones(len(values), dtype=dtype)
+    solution = minres_qlp(lambda v: values * v, b, tolerance=tolerance, max_iterations=200)
+    assert solution.status == "converged"
+    rounding = torch.finfo(dtype).eps * solution.x.norm()
+    assert (b - values * solution.x).norm() <= tolerance * b.norm() + rounding
+
+
 def test_a_matrix_of_zeros_has_the_zero_solution():
     solution = minres_qlp(torch.zeros_like, torch.ones(4, dtype=DOUBLE))
     assert (solution.status, solution.residual) == ("least_squares", 1.0)

@@ -170,3 +170,11 @@ def test_plan_covers_the_features_once_and_fills_a_gpu_where_it_can():
     assert chosen(128, [64, 64]) == (32, 10, 10)
     assert chosen(10, [0, 0]) == (32, 1, 1)
     assert chosen(512, both, torch.float64) == (32, 136, 136)
+
+
+def test_a_layer_without_inputs_is_its_bias():
+    g, h = torch.randn(37, 5), torch.randn(37, 4)
+    for hs in ([h[:, :0], h], [h, h[:, :0]], [h[:, :0], h[:, :0]]):
+        got = run([g, g], hs)
+        expected = reference.grad_gram([g, g], hs, centered=False, biases=[True, True])
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
