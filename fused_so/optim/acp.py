@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_so.optim.base import check_number
+from fused_so.optim.base import check_grad_scaler, check_number, loss_scale
 from fused_so.optim.kronecker import Factor, KroneckerOptimizer
 from fused_so.optim.layers import Layer
 
@@ -99,11 +99,7 @@ class ACP(KroneckerOptimizer):
     ):
         if loss_reduction not in ("mean", "sum"):
             raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
-        if grad_scaler is not None and not isinstance(grad_scaler, torch.amp.GradScaler):
-            raise TypeError(
-                f"grad_scaler must be a torch.amp.GradScaler or None, got "
-                f"{type(grad_scaler).__name__}"
-            )
+        check_grad_scaler(grad_scaler)
         self._loss_reduction = loss_reduction
         self._grad_scaler = grad_scaler
         options = {
@@ -200,10 +196,8 @@ class ACP(KroneckerOptimizer):
                 layer.state["alpha"] = alpha
 
     def _estimate_alpha(self, layer: Layer) -> Tensor:
-        batch, scale = layer.batch, 1.0
-        if self._grad_scaler is not None and self._grad_scaler._scale is not None:
-            # get_scale() would synchronize
-            scale = scale / self._grad_scaler._scale.to(layer.state["covariance"].device)
+        batch = layer.batch
+        scale = 1.0 / loss_scale(self._grad_scaler, layer.state["covariance"].device)
         if layer.group["alpha"] == "rms_gradient":
             # alpha = sqrt(mean_i max_j (d loss_i / d a_ij)^2) for a mean over examples, whose
             # 1/n is undone; for a sum n times that: the step is the same.

@@ -303,3 +303,17 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raises unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+
+
+def check_grad_scaler(grad_scaler: object) -> None:
+    """Raises unless it is a GradScaler or None."""
+    if grad_scaler is not None and not isinstance(grad_scaler, torch.amp.GradScaler):
+        raise TypeError(
+            f"grad_scaler must be a torch.amp.GradScaler or None, got {type(grad_scaler).__name__}"
+        )
+
+
+def loss_scale(grad_scaler: torch.amp.GradScaler | None, device: torch.device) -> Tensor | float:
+    """What the loss was multiplied by before the backward pass; get_scale() would synchronize."""
+    scale = None if grad_scaler is None else grad_scaler._scale
+    return 1.0 if scale is None else scale.to(device)

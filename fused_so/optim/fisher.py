@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fused_so._dtypes import accumulate
 from fused_so.likelihoods import Likelihood, likelihood_of
-from fused_so.optim.base import check_choice, check_number
+from fused_so.optim.base import check_choice, check_grad_scaler, check_number, loss_scale
 from fused_so.optim.kronecker import Factor, KroneckerOptimizer
 from fused_so.optim.layers import Layer
 from fused_so.optim.passes import SAMPLED, OutputPasses
@@ -56,11 +56,7 @@ class FisherOptimizer(KroneckerOptimizer):
                 f"factors={factors!r} needs the likelihood of the model's outputs; pass "
                 f"likelihood= (fused_so.Categorical(), the nn loss you train with, ...)"
             )
-        if grad_scaler is not None and not isinstance(grad_scaler, torch.amp.GradScaler):
-            raise TypeError(
-                f"grad_scaler must be a torch.amp.GradScaler or None, got "
-                f"{type(grad_scaler).__name__}"
-            )
+        check_grad_scaler(grad_scaler)
         self._likelihood, self._factors, self._grad_scaler = likelihood, factors, grad_scaler
         self._passes: OutputPasses | None = None
         super().__init__(model, defaults, params)
@@ -85,8 +81,7 @@ class FisherOptimizer(KroneckerOptimizer):
             super().receive(layer, h, g)
         elif passes.rows is None:
             # The user's own backward pass: only what preconditioning by rows needs.
-            if self.uses_rows and not self._readback.waits_for(h):
-                self._keep_rows(layer, h, g)
+            self._keep_rows(layer, h, g)
         else:
             layer.state["scale"] = passes.scale
             # A layer may see several rows of an example, in one call or in several.
@@ -105,10 +100,7 @@ class FisherOptimizer(KroneckerOptimizer):
     def _per_example(self, layer: Layer, g: Tensor) -> Tensor:
         """Rows such that G is their mean product, from those of a mean over rows: n g."""
         layer.state["scale"] = 1.0
-        scale = len(g)
-        if self._grad_scaler is not None and self._grad_scaler._scale is not None:
-            # get_scale() would synchronize
-            scale = scale / self._grad_scaler._scale.to(g.device, torch.float32)
+        scale = len(g) / loss_scale(self._grad_scaler, g.device)
         return accumulate(g) * scale  # in float16 what was scaled would underflow
 
     def curvature_scale(self, layer: Layer) -> float:

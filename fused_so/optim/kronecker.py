@@ -205,12 +205,13 @@ class KroneckerOptimizer(LayerOptimizer):
         return layer.prefers_rows or self.observes(layer)
 
     def receive(self, layer: Layer, h: Tensor, g: Tensor) -> None:
-        if self.uses_rows and not self._readback.waits_for(h):
-            self._keep_rows(layer, h, g)
+        self._keep_rows(layer, h, g)
         self.observe(layer, h, g)
 
     def _keep_rows(self, layer: Layer, h: Tensor, g: Tensor) -> None:
         """Keeps h (n, in) and g (n, out) until the step if g^T (h A) takes less than (g^T h) A."""
+        if not self.uses_rows or self._readback.waits_for(h):
+            return
         n, width, height = h.shape[0], h.shape[1], g.shape[1]
         by_rows = n * width * (width + height)
         by_gradient = width * width * height

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from fused_so.likelihoods import Likelihood, likelihood_of
 from fused_so.ops import _check
-from fused_so.optim.base import ModelOptimizer, check_choice, check_count, check_number
+from fused_so.optim.base import (
+    ModelOptimizer,
+    check_choice,
+    check_count,
+    check_grad_scaler,
+    check_number,
+    loss_scale,
+)
 from fused_so.optim.batches import Batch, Inputs, Watch, batch_of
 from fused_so.optim.exact import ExactSteps
 from fused_so.optim.metric import METRICS, OF_TARGETS, examples_of
@@ -121,10 +128,7 @@ class NaturalGradient(ModelOptimizer):
         _check.boolean("warm_start", warm_start)
         if adapt_damping_every is not None:
             check_count("adapt_damping_every", adapt_damping_every)
-        if grad_scaler is not None and not isinstance(grad_scaler, torch.amp.GradScaler):
-            raise TypeError(
-                f"grad_scaler must be a torch.amp.GradScaler, got {type(grad_scaler).__name__}"
-            )
+        check_grad_scaler(grad_scaler)
         TruncatedSteps.check(max_iterations, tolerance, progress, preconditioner)
         of_outputs = likelihood_of(likelihood)
         self._metric, self._exact, self._warm_start = metric, solver == "gram", warm_start
@@ -322,8 +326,7 @@ class NaturalGradient(ModelOptimizer):
 
     def _loss_scale(self) -> Tensor | float:
         """What the loss was multiplied by before the backward pass."""
-        scale = None if self._grad_scaler is None else self._grad_scaler._scale
-        return 1.0 if scale is None else scale
+        return loss_scale(self._grad_scaler, self.param_groups[0]["params"][0].device)
 
     def _unscaled(self, batch: Batch) -> Batch:
         scale = self._loss_scale()

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from fused_so._dtypes import accumulate
 from fused_so.ops import _check
-from fused_so.optim.base import Update, check_choice, check_count, check_number
+from fused_so.optim.base import (
+    Update,
+    check_choice,
+    check_count,
+    check_grad_scaler,
+    check_number,
+    loss_scale,
+)
 from fused_so.optim.gram import Rows, common_scale, damped_step, joined
 from fused_so.optim.layers import Layer, LayerOptimizer
 from fused_so.optim.past import draw, with_past
@@ -106,10 +113,7 @@ class TONGA(LayerOptimizer):
             if decay == 1:
                 raise ValueError("decay must be less than 1, got 1")
         check_count("directions", directions)
-        if grad_scaler is not None and not isinstance(grad_scaler, torch.amp.GradScaler):
-            raise TypeError(
-                f"grad_scaler must be a torch.amp.GradScaler, got {type(grad_scaler).__name__}"
-            )
+        check_grad_scaler(grad_scaler)
         self._decay, self._directions = decay, directions
         self._loss_reduction, self._grad_scaler = loss_reduction, grad_scaler
         options = {
@@ -177,8 +181,7 @@ class TONGA(LayerOptimizer):
         ones = rows[0].g.new_ones(n)
         # unit r_i is the gradient of example i alone, and p.grad = c sum_i r_i if c is known.
         unit = ones * (n if self._loss_reduction == "mean" else 1)
-        if self._grad_scaler is not None and self._grad_scaler._scale is not None:
-            unit = unit / self._grad_scaler._scale.to(ones)
+        unit = unit / loss_scale(self._grad_scaler, ones.device)
         summed = 1 if self._loss_reduction == "mean" else n
         c = None if self._readback.waits_for(ones) else common_scale(rows)
         weights, pool, shares = ones / n, list(rows), None if c is None else c * ones

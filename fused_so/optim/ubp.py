@@ -13,7 +13,13 @@ from fused_so._dtypes import accumulate
 from fused_so.likelihoods import Categorical, Likelihood, likelihood_of
 from fused_so.ops import _check
 from fused_so.optim import ubp_cost
-from fused_so.optim.base import ModelOptimizer, check_choice, check_count, check_number
+from fused_so.optim.base import (
+    ModelOptimizer,
+    check_choice,
+    check_count,
+    check_grad_scaler,
+    check_number,
+)
 from fused_so.optim.chain import Link, find_chain, refuse_random
 from fused_so.optim.curvature import CarriedRows, MatrixFree
 from fused_so.optim.passage import Passage, Watch
@@ -123,11 +129,7 @@ class UBP(ModelOptimizer):
         check_count("sketch_size", sketch_size)
         if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
             raise ValueError(f"seed must be a whole number >= 0, got {seed!r}")
-        if grad_scaler is not None and not isinstance(grad_scaler, torch.amp.GradScaler):
-            raise TypeError(
-                f"grad_scaler must be a torch.amp.GradScaler or None, got "
-                f"{type(grad_scaler).__name__}"
-            )
+        check_grad_scaler(grad_scaler)
         self._likelihood = likelihood_of(likelihood)
         self._curvature, self._mode = curvature, mode
         self._sketch_size, self._seed = sketch_size, seed

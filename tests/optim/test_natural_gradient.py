@@ -762,7 +762,11 @@ def test_the_solver_sees_one_vector_and_the_model_one_extra_call():
         ({"line_search": 1}, TypeError, "line_search must be True or False, got 1"),
         ({"max_iterations": 0}, ValueError, "max_iterations must be a whole number >= 1, got 0"),
         ({"preconditioner": 1}, TypeError, "preconditioner must be callable, got int"),
-        ({"grad_scaler": 1}, TypeError, "grad_scaler must be a torch.amp.GradScaler, got int"),
+        (
+            {"grad_scaler": 1},
+            TypeError,
+            "grad_scaler must be a torch.amp.GradScaler or None, got int",
+        ),
         ({"metric_inputs": 1}, TypeError, "metric_inputs must be an iterable of batches of inp"),
         (
             {"metric_inputs": [1], "metric": "hessian"},

@@ -390,7 +390,11 @@ def test_nothing_is_kept_after_the_step_and_it_trains():
         ({"decay": 0.0}, ValueError, "decay must be positive, got 0"),
         ({"directions": 0}, ValueError, "directions must be a whole number >= 1, got 0"),
         ({"loss_reduction": "none"}, ValueError, "loss_reduction must be one of ('mean', 'sum')"),
-        ({"grad_scaler": 1}, TypeError, "grad_scaler must be a torch.amp.GradScaler, got int"),
+        (
+            {"grad_scaler": 1},
+            TypeError,
+            "grad_scaler must be a torch.amp.GradScaler or None, got int",
+        ),
     ],
 )
 def test_bad_options_are_named(options, error, message):
