@@ -33,11 +33,13 @@ def _adam(model: nn.Module, _: Any, **options: Any) -> torch.optim.Optimizer:
     return torch.optim.Adam(model.parameters(), **options)
 
 
-def _fused_so(name: str, *, likelihood: bool = False) -> Callable[..., torch.optim.Optimizer]:
+def _fused_so(
+    name: str, *, likelihood: bool = False, **fixed: Any
+) -> Callable[..., torch.optim.Optimizer]:
     def build(model: nn.Module, of_outputs: Any, **options: Any) -> torch.optim.Optimizer:
         if likelihood:
             options["likelihood"] = of_outputs
-        return getattr(fused_so, name)(model, **options)
+        return getattr(fused_so, name)(model, **fixed, **options)
 
     return build
 
@@ -55,6 +57,11 @@ METHODS: dict[str, Method] = {
     "ekfac": Method(_fused_so("EKFAC", likelihood=True), {"lr": _decades(-2.5, 0)}, searched=False),
     "kfac": Method(_fused_so("KFAC", likelihood=True), {"lr": _decades(-2.5, 0)}, searched=False),
     "acp": Method(_fused_so("ACP"), {"lr": _decades(-2.5, 0)}, searched=False),
+    "kfac_tridiagonal": Method(
+        _fused_so("KFAC", likelihood=True, structure="block_tridiagonal"),
+        {"lr": _decades(-2.5, 0)},
+        searched=False,
+    ),
     "ubp": Method(_fused_so("UBP", likelihood=True), {"lr": _decades(-3.5, -1)}, searched=True),
     "natural_gradient": Method(
         _fused_so("NaturalGradient", likelihood=True), {"lr": _decades(-1.5, 0)}, searched=False
