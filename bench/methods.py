@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from optuna.distributions import BaseDistribution, FloatDistribution
 from torch import nn
 
 import fused_so
@@ -17,12 +18,16 @@ import fused_so
 class Method:
     """How to build an optimizer, which values to search, and whether to search them unasked.
 
-    `build` takes the model, the likelihood of its outputs and options.
+    `build` takes the model, the likelihood of its outputs and options. `space` is the range of each
+    hyperparameter that a search draws; `candidates` are the learning rates of a search on a grid.
+    `adapt` takes the problem's model and gives the one to train, before it is copied or hooked.
     """
 
     build: Callable[..., torch.optim.Optimizer]
+    space: Mapping[str, BaseDistribution]
     candidates: Mapping[str, Sequence[float]]
-    searched: bool
+    searched: bool = False
+    adapt: Callable[[nn.Module], nn.Module] = lambda model: model
 
 
 def _sgd(model: nn.Module, _: Any, **options: Any) -> torch.optim.Optimizer:
@@ -44,27 +49,34 @@ def _fused_so(
     return build
 
 
-def _decades(first: float, last: float) -> tuple[float, ...]:
-    """Two values a decade from 10^first to 10^last, to two digits."""
-    return tuple(float(f"{10.0**power:.2g}") for power in np.arange(first, last + 0.1, 0.5))
+def _method(
+    build: Callable[..., torch.optim.Optimizer],
+    *,
+    searched: bool = False,
+    **space: BaseDistribution,
+) -> Method:
+    """On a grid, two learning rates a decade, to two digits."""
+    first, last = np.log10(space["lr"].low), np.log10(space["lr"].high)
+    rates = 10.0 ** np.arange(first, last + 0.1, 0.5)
+    return Method(build, space, {"lr": tuple(float(f"{rate:.2g}") for rate in rates)}, searched)
+
+
+def _log(low: float, high: float) -> FloatDistribution:
+    return FloatDistribution(low, high, log=True)
 
 
 METHODS: dict[str, Method] = {
-    "sgd": Method(_sgd, {"lr": _decades(-3.5, -1)}, searched=True),
-    "adam": Method(_adam, {"lr": _decades(-4, -1.5)}, searched=True),
-    "cgd": Method(_fused_so("CGD"), {"lr": _decades(-3.5, -1)}, searched=False),
-    "nnn": Method(_fused_so("NNN"), {"lr": _decades(-2.5, 0)}, searched=False),
-    "ekfac": Method(_fused_so("EKFAC", likelihood=True), {"lr": _decades(-2.5, 0)}, searched=False),
-    "kfac": Method(_fused_so("KFAC", likelihood=True), {"lr": _decades(-2.5, 0)}, searched=False),
-    "acp": Method(_fused_so("ACP"), {"lr": _decades(-2.5, 0)}, searched=False),
-    "kfac_tridiagonal": Method(
-        _fused_so("KFAC", likelihood=True, structure="block_tridiagonal"),
-        {"lr": _decades(-2.5, 0)},
-        searched=False,
+    "sgd": _method(_sgd, searched=True, lr=_log(3.2e-4, 1e-1)),
+    "adam": _method(_adam, searched=True, lr=_log(1e-4, 3.2e-2)),
+    "cgd": _method(_fused_so("CGD"), lr=_log(3.2e-4, 1e-1)),
+    "nnn": _method(_fused_so("NNN"), lr=_log(3.2e-3, 1)),
+    "ekfac": _method(_fused_so("EKFAC", likelihood=True), lr=_log(3.2e-3, 1)),
+    "kfac": _method(_fused_so("KFAC", likelihood=True), lr=_log(3.2e-3, 1)),
+    "acp": _method(_fused_so("ACP"), lr=_log(3.2e-3, 1)),
+    "kfac_tridiagonal": _method(
+        _fused_so("KFAC", likelihood=True, structure="block_tridiagonal"), lr=_log(3.2e-3, 1)
     ),
-    "ubp": Method(_fused_so("UBP", likelihood=True), {"lr": _decades(-3.5, -1)}, searched=True),
-    "natural_gradient": Method(
-        _fused_so("NaturalGradient", likelihood=True), {"lr": _decades(-1.5, 0)}, searched=False
-    ),
-    "tonga": Method(_fused_so("TONGA"), {"lr": _decades(-2, 0)}, searched=False),
+    "ubp": _method(_fused_so("UBP", likelihood=True), searched=True, lr=_log(3.2e-4, 1e-1)),
+    "natural_gradient": _method(_fused_so("NaturalGradient", likelihood=True), lr=_log(3.2e-2, 1)),
+    "tonga": _method(_fused_so("TONGA"), lr=_log(1e-2, 1)),
 }

@@ -125,10 +125,10 @@ def train(
     progress, in the budget's unit, outside the timed part.
     """
     torch.manual_seed(run.seed)  # for methods that sample
-    model = problem.build(run.seed)
+    method = METHODS[run.optimizer]
+    model = method.adapt(problem.build(run.seed))
     # Copied before the optimizer can put hooks on the model.
     average = AveragedModel(model, multi_avg_fn=polyak_average_)
-    method = METHODS[run.optimizer]
     optimizer = method.build(model, problem.likelihood, **run.hyperparameters)
     run.settings = dict(optimizer.defaults)
     stream = batches(problem.train, batch_size, run.seed)
