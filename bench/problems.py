@@ -1,17 +1,15 @@
 """What is trained: data, a model, a loss to minimize and an error to report.
 
-All are deep autoencoders after Hinton & Salakhutdinov (2006), whose targets are their inputs.
-`curves` is drawn from a formula and `digits` ships with scikit-learn: nothing to download. `mnist`
-reads its standard files.
+Deep autoencoders after Hinton & Salakhutdinov (2006), whose targets are their inputs, and
+classifiers after George (2017), section 4.1.2. `curves` is drawn from a formula and `digits` ships
+with scikit-learn: nothing to download. `mnist`, `faces` and `cifar` read their standard files.
 """
 
 from __future__ import annotations
 
-import gzip
 import itertools
 import math
 import os
-import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,17 +19,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fused_so.likelihoods import Bernoulli, Likelihood
-
-SIDE = 28
-"""Height and width of a `curves` image, in pixels."""
-
-MNIST_FILES = (
-    "train-images-idx3-ubyte",
-    "train-labels-idx1-ubyte",
-    "t10k-images-idx3-ubyte",
-    "t10k-labels-idx1-ubyte",
+from bench.image_files import (
+    SIDE,
+    cifar_batches,
+    faces_patches,
+    mnist_images,
+    olivetti_images,
 )
+from fused_so.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 
 
 def default_data() -> Path:
@@ -62,7 +57,8 @@ class Problem:
     `build(seed)` gives the model with initial parameters that depend on the seed alone.
     `loss(outputs, targets)` is minimized, `error(outputs, targets)` is reported; both are means
     over examples, and `error_name` says in which units the error is. `likelihood` has the loss
-    as its value; optimizers that need the curvature at the outputs are given it.
+    as its value; optimizers that need the curvature at the outputs are given it. `batch_size` is
+    that of a comparison that names none.
     """
 
     name: str
@@ -73,6 +69,7 @@ class Problem:
     error: Callable[[Tensor, Tensor], Tensor]
     error_name: str
     likelihood: Likelihood
+    batch_size: int = 256
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -83,6 +80,21 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 def squared_error(logits: Tensor, targets: Tensor) -> Tensor:
     """Squared reconstruction error, summed over pixels and averaged over images."""
     return (torch.sigmoid(logits) - targets).square().sum(dim=1).mean()
+
+
+def half_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Half the squared error, summed over pixels and averaged over images: Gaussian, scale 1."""
+    return linear_squared_error(outputs, targets) / 2
+
+
+def linear_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Squared error of linear outputs, summed over pixels and averaged over images."""
+    return (outputs - targets).square().sum(dim=1).mean()
+
+
+def error_rate(logits: Tensor, targets: Tensor) -> Tensor:
+    """Percentage of examples whose largest logit is not their class's."""
+    return 100 * (logits.argmax(dim=1) != targets).float().mean()
 
 
 def autoencoder(widths: Sequence[int], seed: int) -> nn.Sequential:
@@ -105,6 +117,18 @@ def autoencoder(widths: Sequence[int], seed: int) -> nn.Sequential:
             model.append(nn.Tanh())
         input_scale = output_scale
     return model
+
+
+def classifier(widths: Sequence[int], seed: int) -> nn.Sequential:
+    """Tanh layers of the given widths and linear logits, initialized as Glorot & Bengio (2010)."""
+    generator = torch.Generator().manual_seed(seed)
+    model = nn.Sequential()
+    for fan_in, fan_out in itertools.pairwise(widths):
+        linear = nn.utils.skip_init(nn.Linear, fan_in, fan_out)
+        nn.init.xavier_uniform_(linear.weight, generator=generator)
+        nn.init.zeros_(linear.bias)
+        model.extend([linear, nn.Tanh()])
+    return model[:-1]
 
 
 @torch.no_grad()
@@ -182,51 +206,107 @@ def _keep(file: Path, array: np.ndarray) -> None:
         pass
 
 
-def digits(data: Path) -> Problem:
-    """scikit-learn's 1,797 scanned 8x8 digits, shuffled, 1,500 to train; 64-128-64-32-10 and back.
-
-    The rows are shuffled because the file's last ones were written by other people.
-    """
+def _digits() -> Examples:
+    """The images in [0, 1] and their classes, shuffled: other people wrote the file's last ones."""
     from sklearn.datasets import load_digits
 
-    images = torch.from_numpy(load_digits().data / 16).float()
-    order = np.random.default_rng(0).permutation(len(images))
-    return _autoencoding(
-        "digits", images[torch.from_numpy(order)], 1500, (64, 128, 64, 32, 10, 32, 64, 128, 64)
-    )
+    file = load_digits()
+    order = torch.from_numpy(np.random.default_rng(0).permutation(len(file.data)))
+    images = torch.from_numpy(file.data / 16).float()
+    return Examples(images[order], torch.from_numpy(file.target).long()[order])
+
+
+def digits(data: Path) -> Problem:
+    """1,500 + 297 scanned 8x8 digits of scikit-learn, shuffled; 64-128-64-32-10 and back."""
+    return _autoencoding("digits", _digits().inputs, 1500, (64, 128, 64, 32, 10, 32, 64, 128, 64))
+
+
+def digits_classifier(data: Path) -> Problem:
+    """The same digits and their classes; 8 hidden layers of 100."""
+    examples = _digits()
+    train, test = examples.take(slice(1500)), examples.take(slice(1500, None))
+    return _classifying("digits_classifier", train, test)
 
 
 def mnist(data: Path) -> Problem:
-    """The 60,000 + 10,000 images of MNIST from `data`; 784-1000-500-250-30 and back.
-
-    Raises:
-        FileNotFoundError: naming the four files, gzipped or not, and those that are not there.
-        ValueError: a file is not what its name says.
-    """
-    found = {}
-    for name in MNIST_FILES:
-        candidates = (data / name, data / f"{name}.gz")
-        found[name] = next((file for file in candidates if file.is_file()), None)
-    missing = [name for name, file in found.items() if file is None]
-    if missing:
-        raise FileNotFoundError(
-            f"mnist needs the four files {', '.join(MNIST_FILES)} (or each with .gz) in {data}; "
-            f"not there: {', '.join(missing)}"
-        )
-    train, test = (idx_images(found[name]) for name in (MNIST_FILES[0], MNIST_FILES[2]))
+    """The 60,000 + 10,000 images of MNIST from `data`; 784-1000-500-250-30 and back."""
+    train, test = mnist_images(data)
     images = torch.from_numpy(np.concatenate([train, test]).astype(np.float32) / 255)
     widths = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
     return _autoencoding("mnist", images, len(train), widths)
 
 
-def idx_images(file: Path) -> np.ndarray:
-    """The images of an IDX file, as rows of bytes."""
-    content = (gzip.open if file.suffix == ".gz" else open)(file, "rb").read()
-    magic, count, height, width = struct.unpack(">4I", content[:16].ljust(16, b"\0"))
-    whole = len(content) == 16 + count * height * width
-    if magic != 0x803 or (height, width) != (SIDE, SIDE) or not whole:
-        raise ValueError(f"{file} must be an IDX file of {SIDE} x {SIDE} images, but it is not")
-    return np.frombuffer(content, np.uint8, offset=16).reshape(count, height * width)
+def faces(data: Path, copies: int = 414) -> Problem:
+    """25x25 patches of the Olivetti faces from `data`; 625-2000-1000-500-30 and back.
+
+    The first 25 of the 40 people to train and the last 10 to test: 103,500 + 41,400 patches, as in
+    Martens (2010). Outputs are linear and the loss is half the squared error. Patches are those of
+    the augmented file if it is there; else `copies` of each face are drawn by `face_patches`.
+    """
+    patches = faces_patches(data)
+    if patches is None:
+        patches = face_patches(torch.from_numpy(olivetti_images(data).copy()), copies).numpy()
+    # One shift a pixel and one scale for all: zero means and a mean variance of 1.
+    patches = torch.from_numpy(patches - patches.mean(axis=0))
+    patches /= patches.square().mean().sqrt()
+    person = len(patches) // 40
+    train, test = patches[: 25 * person], patches[-10 * person :]
+    widths = (625, 2000, 1000, 500, 30, 500, 1000, 2000, 625)
+    return Problem(
+        name="faces",
+        train=Examples(train, train),
+        test=Examples(test, test),
+        build=lambda seed: autoencoder(widths, seed),
+        loss=half_squared_error,
+        error=linear_squared_error,
+        error_name="squared error (sum over pixels, mean over images)",
+        likelihood=Gaussian(reduction="batchmean"),
+    )
+
+
+def face_patches(images: Tensor, copies: int, seed: int = 0) -> Tensor:
+    """`copies` of each (64, 64) image, turned by -90 to 90 degrees and shrunk: (n copies, 625).
+
+    After the supplement of Hinton & Salakhutdinov (2006). A pixel of a patch spans 1.4 to 1.8 of
+    the image's; so the patch, about the image's center, is within it however it is turned.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    patches = []
+    for image in images:
+        angle = math.pi * (torch.rand(copies, generator=generator) - 0.5)
+        scale = (1.4 + 0.4 * torch.rand(copies, generator=generator)) * 25 / images.shape[-1]
+        cos, sin, zero = scale * angle.cos(), scale * angle.sin(), torch.zeros(copies)
+        turns = torch.stack([cos, -sin, zero, sin, cos, zero], dim=1).view(copies, 2, 3)
+        grid = F.affine_grid(turns, [copies, 1, 25, 25], align_corners=False)
+        turned = F.grid_sample(image.expand(copies, 1, -1, -1), grid, align_corners=False)
+        patches.append(turned.view(copies, 625))
+    return torch.cat(patches)
+
+
+def cifar(data: Path) -> Problem:
+    """The 50,000 + 10,000 images of CIFAR-10 from `data`; 8 hidden layers of 100.
+
+    Pixels are in [0, 1]. Units are tanh, where George (2017) has rectifiers.
+    """
+    batches = cifar_batches(data)
+    images = torch.from_numpy(np.concatenate([rows for rows, _ in batches])).float() / 255
+    classes = torch.from_numpy(np.concatenate([labels for _, labels in batches]))
+    examples, tested = Examples(images, classes), len(batches[-1][1])
+    return _classifying("cifar", examples.take(slice(-tested)), examples.take(slice(-tested, None)))
+
+
+def _classifying(name: str, train: Examples, test: Examples) -> Problem:
+    widths = (train.inputs.shape[1], *[100] * 8, 10)
+    return Problem(
+        name=name,
+        train=train,
+        test=test,
+        build=lambda seed: classifier(widths, seed),
+        loss=F.cross_entropy,
+        error=error_rate,
+        error_name="error rate (%)",
+        likelihood=Categorical(),
+    )
 
 
 def _autoencoding(name: str, images: Tensor, train_count: int, widths: Sequence[int]) -> Problem:
@@ -246,5 +326,8 @@ def _autoencoding(name: str, images: Tensor, train_count: int, widths: Sequence[
 PROBLEMS: dict[str, Callable[[Path], Problem]] = {
     "curves": curves,
     "digits": digits,
+    "digits_classifier": digits_classifier,
     "mnist": mnist,
+    "faces": faces,
+    "cifar": cifar,
 }

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import gzip
+import io
+import os
+import pickle
 import struct
+import tarfile
+from functools import partial
 
 import numpy as np
 import pytest
+import scipy.io as scipy_io
 import torch
 from torch import nn
 
 from bench import problems
+from bench.image_files import CIFAR_BATCHES, FACES_FILE, MNIST_FILES, olivetti_images
 from bench.problems import (
-    MNIST_FILES,
     PROBLEMS,
     autoencoder,
     cross_entropy,
     curve_images,
+    error_rate,
+    face_patches,
     sparse_initialization_,
     squared_error,
 )
@@ -24,8 +32,12 @@ from bench.problems import (
 SIZES = {
     "curves": (20_000, 10_000, 784),
     "digits": (1500, 297, 64),
+    "digits_classifier": (1500, 297, 64),
     "mnist": (300, 200, 784),
+    "faces": (500, 200, 625),
+    "cifar": (250, 50, 3072),
 }
+CLASSIFIERS = ("digits_classifier", "cifar")
 
 
 def write_mnist(folder, train: int, test: int) -> None:
@@ -42,12 +54,60 @@ def write_mnist(folder, train: int, test: int) -> None:
             (folder / name).write_bytes(content)
 
 
+def cifar_arrays(count: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    random = np.random.default_rng(0)
+    return [
+        (random.integers(0, 256, (count, 3072), np.uint8), random.integers(0, 10, count))
+        for _ in CIFAR_BATCHES
+    ]
+
+
+def write_cifar(folder, version: str, archived: bool, count: int = 4) -> None:
+    """Files of CIFAR-10's formats; pickles name numpy's modules as those of Python 2 did."""
+    contents = {}
+    for name, (images, labels) in zip(CIFAR_BATCHES, cifar_arrays(count), strict=True):
+        if version == "python":
+            batch = {b"data": images, b"labels": labels.tolist(), b"batch_label": b"a batch"}
+            content = pickle.dumps(batch, protocol=2).replace(b"numpy._core.", b"numpy.core.")
+            contents[f"cifar-10-batches-py/{name}"] = content
+        else:
+            rows = np.concatenate([labels[:, None].astype(np.uint8), images], axis=1)
+            contents[f"cifar-10-batches-bin/{name}.bin"] = rows.tobytes()
+    if archived:
+        with tarfile.open(folder / f"cifar-10-{version}.tar.gz", "w:gz") as tar:
+            for name, content in contents.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+        return
+    for name, content in contents.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+
+
+def olivetti_bytes() -> np.ndarray:
+    """As Matlab has them: a column a face, whose pixels go down the columns of the image."""
+    faces = np.random.default_rng(0).integers(0, 256, (4096, 400), np.uint8)
+    faces[0, 0], faces[1, 0] = 0, 255
+    return faces
+
+
+def write_faces(folder) -> None:
+    scipy_io.savemat(folder / "olivettifaces.mat", {"faces": olivetti_bytes()})
+
+
 @pytest.fixture(scope="module", params=list(PROBLEMS))
 def problem(request, tmp_path_factory):
     data = tmp_path_factory.mktemp("data")
+    build = PROBLEMS[request.param]
     if request.param == "mnist":
         write_mnist(data, *SIZES["mnist"][:2])
-    return PROBLEMS[request.param](data)
+    elif request.param == "cifar":
+        write_cifar(data, "binary", archived=True, count=50)
+    elif request.param == "faces":
+        write_faces(data)
+        build = partial(build, copies=2)
+    return build(data)
 
 
 def test_shapes_and_ranges(problem):
@@ -56,9 +116,14 @@ def test_shapes_and_ranges(problem):
     assert problem.test.inputs.shape == (test, pixels)
     for examples in (problem.train, problem.test):
         assert examples.inputs.dtype == torch.float32
-        assert examples.inputs.min() == 0
-        assert examples.inputs.max() == 1
-        assert examples.targets is examples.inputs
+        if problem.name != "faces":
+            assert examples.inputs.min() == 0
+            assert examples.inputs.max() == 1
+        if problem.name in CLASSIFIERS:
+            assert examples.targets.dtype == torch.int64
+            assert set(examples.targets.tolist()) <= set(range(10))
+        else:
+            assert examples.targets is examples.inputs
 
 
 def test_no_denormal_pixels(problem):
@@ -75,7 +140,8 @@ def test_train_and_test_are_different_images(problem):
 def test_initial_loss_and_error_are_finite(problem):
     batch = problem.train.take(slice(32))
     outputs = problem.build(0)(batch.inputs)
-    assert outputs.shape == batch.targets.shape
+    is_classifier = problem.name in CLASSIFIERS
+    assert outputs.shape == ((32, 10) if is_classifier else batch.targets.shape)
     assert torch.isfinite(problem.loss(outputs, batch.targets))
     assert torch.isfinite(problem.error(outputs, batch.targets))
 
@@ -177,3 +243,110 @@ def test_the_likelihood_has_the_loss_as_its_value(problem):
     outputs = problem.build(0)(batch.inputs)
     value = problem.likelihood.value(outputs, batch.targets)
     torch.testing.assert_close(value, problem.loss(outputs, batch.targets))
+
+
+@pytest.mark.parametrize("version", ["python", "binary"])
+@pytest.mark.parametrize("archived", [False, True])
+def test_cifar_reads_every_version_alike(tmp_path, version, archived):
+    write_cifar(tmp_path, version, archived)
+    problem = PROBLEMS["cifar"](tmp_path)
+    arrays = cifar_arrays(4)
+    images = torch.from_numpy(np.concatenate([rows for rows, _ in arrays]).astype(np.float32))
+    classes = torch.from_numpy(np.concatenate([labels for _, labels in arrays]))
+    assert torch.equal(problem.train.inputs, images[:20] / 255)
+    assert torch.equal(problem.train.targets, classes[:20])
+    assert torch.equal(problem.test.inputs, images[20:] / 255)
+    assert torch.equal(problem.test.targets, classes[20:])
+
+
+def test_cifar_names_the_files_it_wants(tmp_path):
+    names = ("batches-py/", "python.tar.gz", "batches-bin/", "binary.tar.gz")
+    with pytest.raises(FileNotFoundError) as caught:
+        PROBLEMS["cifar"](tmp_path)
+    assert all(f"cifar-10-{name}" in str(caught.value) for name in names)
+    write_cifar(tmp_path, "python", archived=False)
+    (tmp_path / "cifar-10-batches-py" / "data_batch_3").unlink()
+    with pytest.raises(FileNotFoundError, match="lacks cifar-10-batches-py/data_batch_3$"):
+        PROBLEMS["cifar"](tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "test_batch must be a batch of CIFAR-10's python version"),
+        (pickle.dumps({b"data": np.zeros((2, 5), np.uint8), b"labels": [1, 2]}), "3072 bytes"),
+        (pickle.dumps({b"data": np.zeros((1, 3072), np.uint8), b"labels": [10]}), "from 0 to 9"),
+        (pickle.dumps(os.getcwd), "getcwd is not part of an array"),
+    ],
+)
+def test_cifar_refuses_a_damaged_pickle(tmp_path, content, message):
+    write_cifar(tmp_path, "python", archived=False)
+    (tmp_path / "cifar-10-batches-py" / "test_batch").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        PROBLEMS["cifar"](tmp_path)
+
+
+def test_cifar_refuses_damaged_records_and_archives(tmp_path):
+    write_cifar(tmp_path, "binary", archived=False)
+    file = tmp_path / "cifar-10-batches-bin" / "data_batch_2.bin"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="data_batch_2.bin must have records of 3073 bytes, got"):
+        PROBLEMS["cifar"](tmp_path)
+    other = tmp_path / "other"
+    other.mkdir()
+    write_cifar(other, "python", archived=True)
+    archive = other / "cifar-10-python.tar.gz"
+    archive.write_bytes(archive.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="python.tar.gz must be a gzipped tar archive"):
+        PROBLEMS["cifar"](other)
+
+
+def test_olivetti_is_read_alike_from_matlab_and_scikit_learn(tmp_path):
+    import joblib
+
+    write_faces(tmp_path)
+    from_matlab = olivetti_images(tmp_path)
+    expected = olivetti_bytes()[:, 7].reshape(64, 64, order="F").astype(np.float32) / 255
+    np.testing.assert_array_equal(from_matlab[7], expected)
+    (tmp_path / "olivettifaces.mat").unlink()
+    joblib.dump(olivetti_bytes().T.copy(), tmp_path / "olivetti_py3.pkz", compress=6)
+    np.testing.assert_array_equal(olivetti_images(tmp_path), from_matlab)
+
+
+def test_faces_takes_the_augmented_file_first_and_standardizes_it(tmp_path):
+    write_faces(tmp_path)
+    patches = np.random.default_rng(0).normal(3, 2, (625, 80)).astype(np.float32)
+    scipy_io.savemat(tmp_path / FACES_FILE, {"newfaces_single": patches})
+    problem = PROBLEMS["faces"](tmp_path)
+    centered = patches.T.astype(np.float64) - patches.T.mean(axis=0, dtype=np.float64)
+    expected = torch.from_numpy(centered / np.sqrt((centered**2).mean())).float()
+    torch.testing.assert_close(problem.train.inputs, expected[:50], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(problem.test.inputs, expected[-20:], rtol=1e-5, atol=1e-5)
+
+
+def test_faces_names_the_files_it_wants(tmp_path):
+    names = f"{FACES_FILE}, olivettifaces.mat or scikit-learn's olivetti_py3.pkz"
+    with pytest.raises(FileNotFoundError, match=names):
+        PROBLEMS["faces"](tmp_path)
+
+
+@pytest.mark.parametrize("name", [FACES_FILE, "olivettifaces.mat", "olivetti_py3.pkz"])
+def test_faces_refuses_a_damaged_file(tmp_path, name):
+    (tmp_path / name).write_bytes(b"not what the name says")
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        PROBLEMS["faces"](tmp_path)
+
+
+def test_face_patches_stay_within_the_image_and_keep_its_center():
+    """Patches of ones are ones, and the middle pixel of a patch is the middle of its image."""
+    ones = face_patches(torch.ones(2, 64, 64), 50)
+    torch.testing.assert_close(ones, torch.ones(100, 625))
+    ramp = torch.arange(64.0).expand(1, 64, 64)
+    patches = face_patches(ramp, 50).view(50, 25, 25)
+    torch.testing.assert_close(patches[:, 12, 12], torch.full((50,), 31.5))
+    assert patches[:, 12].std(dim=0).max() > 1  # turned by different angles
+
+
+def test_error_rate_by_hand():
+    logits = torch.tensor([[1.0, 2, 0], [3, 2, 1], [0, 0, 1], [5, 1, 1]])
+    assert error_rate(logits, torch.tensor([1, 1, 2, 0])).item() == 25.0
