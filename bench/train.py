@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         default=default_data(),
         metavar="DIR",
-        help="where the files of mnist, faces and cifar are, and curves are kept (default: %(default)s)",
+        help="where files of mnist, faces, cifar are, and curves are kept (default: %(default)s)",
     )
     add("--threads", type=_positive(int), help="torch.set_num_threads (default: torch's own)")
     add("--out", type=Path, default=Path("results"), help="folder for the files (default: results)")
