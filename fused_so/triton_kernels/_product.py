@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._matrix import multiple_of
+from ._matrix import float32_precision, multiple_of
 
 # A GPU has 100 to 150 processors: fewer programs than this leave some of them idle.
 ENOUGH_PROGRAMS = 128
@@ -191,7 +191,7 @@ def _add_product(acc, a, b, PRECISION: tl.constexpr, ROUNDED: tl.constexpr):
 
 def rounded(dtype: torch.dtype) -> bool:
     """Whether bfloat16 is all that PyTorch's setting asks of what is computed from bfloat16."""
-    return dtype == torch.bfloat16 and torch.get_float32_matmul_precision() == "medium"
+    return dtype == torch.bfloat16 and float32_precision() == "medium"
 
 
 @triton.jit
