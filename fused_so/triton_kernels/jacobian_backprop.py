@@ -68,7 +68,8 @@ def jacobian_backprop(
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         if direction is not None:
-            _pull_back[(n, triton.cdiv(width, PULL_COLUMNS))](
+            # One axis: the second one of a grid ends at 65535.
+            _pull_back[(n * triton.cdiv(width, PULL_COLUMNS),)](
                 partials, dots, splits, n, outputs, width, jac_in, pullback,
                 BLOCK_R=min(PULL_ROWS, triton.next_power_of_2(outputs)), BLOCK_N=PULL_COLUMNS,
                 WIDTH_N=load_widths(jac_in[0])[1],
@@ -172,8 +173,9 @@ def _pull_back(
     Always in the same order. 2 n outputs width operations, (splits + 1) n outputs width entries."""
     ACC: tl.constexpr = jac_in_ptr.dtype.element_ty
     width = multiple_of(width, WIDTH_N)
-    example = tl.program_id(0).to(tl.int64)
-    col = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    blocks = tl.cdiv(width, BLOCK_N)
+    example = (tl.program_id(0) // blocks).to(tl.int64)
+    col = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     pulled = tl.zeros((BLOCK_R, BLOCK_N), ACC)
     for start in range(0, outputs, BLOCK_R):
         output = start + tl.arange(0, BLOCK_R)

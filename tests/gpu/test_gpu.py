@@ -255,6 +255,13 @@ def test_jacobians_past_32_bits():
         torch.testing.assert_close(x[last], y, rtol=1e-4, atol=1e-4 * y.abs().max().item())
 
 
+def test_more_columns_than_the_second_axis_of_a_grid_has_blocks():
+    ones, weight = torch.ones(1, 1, 2, device="cuda"), random(2, 65536 * 128 + 5)
+    jac_in, pullback = ops.jacobian_backprop(ones, weight, direction=ones[0])
+    torch.testing.assert_close(jac_in[0], weight.sum(0, keepdim=True))
+    torch.testing.assert_close(pullback, 2 * jac_in[0])
+
+
 def test_a_gram_matrix_past_32_bits():
     g, h = random(46400, 3), random(46400, 5, seed=1)
     gram = ops.grad_gram([g], [h])
