@@ -5,7 +5,8 @@ import torch
 
 import fused_so
 from bench.problems import autoencoder
-from fused_so import ops, reference
+from fused_so import _extension, ops, reference
+from fused_so.triton_kernels import _autotune
 from tests.ops import budget, checks
 
 WIDTHS = (100, 64, 30, 64, 100)
@@ -124,6 +125,25 @@ def test_errors_are_at_most_twice_those_of_cublas(n, width, name, precision):
         error, allowed = ((z - truth).abs().max().item() for z in (x, y))
         limit = 2 * allowed + torch.finfo(torch.float32).eps * truth.abs().max().item()
         assert error <= limit, f"result {i}: error {error:.3g}, limit {limit:.3g}"
+
+
+@pytest.mark.parametrize(
+    "name", ["covariance", "centered_grad", "precondition", "grad_gram", "jacobian_backprop"]
+)
+def test_the_search_for_tiles_with_its_own_clock(name, monkeypatch):
+    monkeypatch.setattr(_extension, "AUTOTUNE", True)
+    monkeypatch.setattr(_autotune, "choices", {})
+    ours, plain, arguments = against_cublas(300, 200)[name]
+    first = ours(*arguments)
+    assert _autotune.choices
+    # What was found is used from now on.
+    monkeypatch.setattr(_autotune, "do_bench", None)
+    second = ours(*arguments)
+    exact = plain(*(x.double() for x in arguments))
+    for x, y, z, truth in zip(first, second, plain(*arguments), exact, strict=True):
+        assert torch.equal(x, y)
+        limit = 2 * (z - truth).abs().max() + torch.finfo(torch.float32).eps * truth.abs().max()
+        assert (x - truth).abs().max() <= limit
 
 
 def on_gpu(function):
