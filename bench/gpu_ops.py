@@ -1,5 +1,7 @@
 """`python -m bench.gpu_ops OP`: times an op over its sizes beside the best ordinary PyTorch.
 
+With --tuned the op as FUSED_SO_AUTOTUNE=1 has it takes the place of PyTorch.
+
 First every size beside eager PyTorch, then again beside compiled PyTorch too, while time is left.
 Each call is timed by device events of its own, on one of several sets of inputs that together are
 larger than the L2 cache; inputs so small that MOST_SETS of them are not cost their launches, not
@@ -9,6 +11,7 @@ their loads. "graph_ms" is a call within a CUDA graph: kernels without their lau
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import statistics
 import time
@@ -19,12 +22,15 @@ import torch
 
 from bench.gpu_cases import CASES, Case, Inputs, tensors
 from bench.gpu_rows import leave, seconds_left
+from fused_so import _extension
 
 ROUNDS = 5
 SECONDS_A_CANDIDATE = 0.15
 MOST_SETS = 128
 # A first compilation takes about this long; so much must be left to begin with one.
 SECONDS_TO_COMPILE = 8.0
+# The same of a search, which compiles every candidate of the op.
+SECONDS_TO_SEARCH = 10.0
 
 
 def sets_of_inputs(case: Case, device: torch.device, cache_bytes: int) -> list[Inputs]:
@@ -192,13 +198,64 @@ def time_case(case, candidates, device, cache_bytes, found) -> dict[str, Any]:
         return {"failed": case.name, "error": str(error)[:500]}
 
 
+@contextlib.contextmanager
+def searching():
+    """Triton kernels search for their fastest tiles, or use what they have found."""
+    before, _extension.AUTOTUNE = _extension.AUTOTUNE, True
+    try:
+        yield
+    finally:
+        _extension.AUTOTUNE = before
+
+
+def time_tuned(op: str, device: torch.device, cache_bytes: int) -> bool:
+    """Leaves what a search gains at every size; whether all could be tried but for want of time."""
+    good = True
+    for case in CASES[op]():
+        if seconds_left() < SECONDS_TO_SEARCH:
+            leave({"not_timed": case.name, "tuned": True})
+            continue
+        try:
+            row = tuned_row(case, device, cache_bytes)
+        except Exception as error:  # as in time_case
+            row = {"failed": f"{case.name}, tuned", "error": str(error)[:500]}
+        leave(row)
+        good = good and "failed" not in row
+    return good
+
+
+def tuned_row(case: Case, device: torch.device, cache_bytes: int) -> dict[str, Any]:
+    """The heuristic's tiles and the search's, timed in turn, and what the search has chosen."""
+    from fused_so.triton_kernels import _autotune
+
+    sets = sets_of_inputs(case, device, cache_bytes)
+    # Sizes of one class share a choice: each of them is to make its own.
+    _autotune.choices.clear()
+
+    def tuned(*inputs):
+        with searching():
+            return case.ours(*inputs)
+
+    tuned(*sets[0])
+    medians = interleave({"heuristic": case.ours, "tuned": tuned}, sets)
+    return {
+        "tuned": case.name,
+        "ms": medians["heuristic"],
+        "tuned_ms": medians["tuned"],
+        "ratio": medians["heuristic"] / medians["tuned"],
+        "choices": [str(choice) for choice in _autotune.choices.values()],
+    }
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_ops", description=__doc__)
     parser.add_argument("op", choices=CASES)
-    op = parser.parse_args(arguments).op
+    parser.add_argument("--tuned", action="store_true", help="what a search for tiles gains")
+    chosen = parser.parse_args(arguments)
     torch.backends.cuda.matmul.allow_tf32 = False
     device = torch.device("cuda")
-    good = time_op(op, device, torch.cuda.get_device_properties(device).L2_cache_size)
+    time_all = time_tuned if chosen.tuned else time_op
+    good = time_all(chosen.op, device, torch.cuda.get_device_properties(device).L2_cache_size)
     return 0 if good else 1
 
 

@@ -66,6 +66,9 @@ def table(machine: dict[str, Any], parts: Sequence[Part]) -> str:
     steps = [row for part in parts for row in part.rows if "optimizer" in row]
     if ops:
         lines += ["", *_op_lines(ops)]
+    tuned = [row for part in parts for row in part.rows if "choices" in row]
+    if tuned:
+        lines += ["", *_tuned_lines(tuned)]
     for part in parts:
         for row in part.rows:
             if "failed" in row:
@@ -94,6 +97,16 @@ def _op_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
         lines.append(
             f"{row['op']:<46}{row['ms']:>9.4f}{kernels:>9}{best:>9}{ratio:>8}"
             f"{row['share_of_limit']:>7.0%}{row['difference']:>9.1e}  {row['best_pytorch']}"
+        )
+    return lines
+
+
+def _tuned_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+    lines = [f"{'op':<46}{'ms':>9}{'tuned':>9}{'ratio':>8}  tiles"]
+    for row in rows:
+        lines.append(
+            f"{row['tuned']:<46}{row['ms']:>9.4f}{row['tuned_ms']:>9.4f}"
+            f"{row['ratio']:>7.2f}x  {'; '.join(row['choices'])}"
         )
     return lines
 

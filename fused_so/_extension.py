@@ -20,6 +20,18 @@ def backend() -> str:
     return chosen
 
 
+def autotune() -> bool:
+    """Whether FUSED_SO_AUTOTUNE is "1": the Triton kernels search for their fastest tiles."""
+    chosen = os.environ.get("FUSED_SO_AUTOTUNE", "0") or "0"
+    if chosen not in ("0", "1"):
+        raise ValueError(f"FUSED_SO_AUTOTUNE must be '0' or '1', got {chosen!r}")
+    return chosen == "1"
+
+
+# Read once: an op that is called thousands of times a second does not ask the environment.
+AUTOTUNE = autotune()
+
+
 def load_libraries() -> tuple[str, ...]:
     """Imports the compiled libraries that this torch can use and returns their names.
 

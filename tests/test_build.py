@@ -97,6 +97,18 @@ def test_only_torch_and_the_system_are_needed(library):
     assert needed(library) <= system | torch_cpu
 
 
+# What TORCH_TARGET_VERSION does not hide although the headers of older versions lack it: with
+# these a source does not compile with torch 2.11.
+NEWER_NAMES = ("STABLE_TORCH_ERROR_CODE_CHECK",)
+
+
+@pytest.mark.parametrize("name", NEWER_NAMES)
+def test_no_name_is_used_that_older_headers_lack(name):
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    assert len(sources) > 20
+    assert [path.name for path in sources if name in path.read_text()] == []
+
+
 def test_the_audit_names_an_unstable_symbol(tmp_path):
     source = tmp_path / "bad.cpp"
     source.write_text(

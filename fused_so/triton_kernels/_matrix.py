@@ -27,13 +27,24 @@ def device_guard(x: torch.Tensor) -> AbstractContextManager:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
+def float32_precision() -> str:
+    """`torch.get_float32_matmul_precision()`, also where the setting it has made way for is used.
+
+    After `torch.backends.cuda.matmul.fp32_precision = "tf32"` PyTorch raises instead of answering.
+    """
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return "high" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "highest"
+
+
 def dot_precision(dtype: torch.dtype) -> str:
     """What `tl.dot` makes of its operands so that float32 follows PyTorch's global setting."""
     # AMD has no three-product TF32, and TF32 itself on one generation only.
     if dtype != torch.float32 or torch.version.hip is not None:
         return "ieee"
     # Three TF32 products have float32's accuracy at several times the rate of the FP32 units.
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32x3" if float32_precision() == "highest" else "tf32"
 
 
 def load_widths(x: torch.Tensor) -> tuple[int, int]:

@@ -5,13 +5,15 @@ pieces, for more programs than the result has tiles; their partial products are 
 afterwards, so a result is the same in every run.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import torch
 import triton
 import triton.language as tl
 
-from ._matrix import multiple_of
+from ._autotune import fastest
+from ._matrix import float32_precision, multiple_of
 
 # A GPU has 100 to 150 processors: fewer programs than this leave some of them idle.
 ENOUGH_PROGRAMS = 128
@@ -21,6 +23,8 @@ MIN_DEPTH = 128
 ADD_BLOCK = 256
 # Rows of tiles that run side by side, so that their columns of B are still cached.
 GROUP = tl.constexpr(8)
+
+T = TypeVar("T")
 
 
 class Config(NamedTuple):
@@ -62,19 +66,71 @@ CONFIGS = {
     ),
 }
 CONFIGS[torch.bfloat16] = CONFIGS[torch.float16]
+# What the opt-in search tries beside these. Four stages are more than Triton 3.6 can make of halves
+# that are converted, on AMD.
+MORE_CONFIGS = {
+    torch.float64: (Config(block_m=32, block_n=64, block_k=16, num_warps=4, num_stages=3),),
+    torch.float32: (
+        Config(block_m=128, block_n=64, block_k=16, num_warps=8, num_stages=3),
+        Config(block_m=64, block_n=64, block_k=16, num_warps=4, num_stages=3),
+    ),
+    torch.float16: (
+        Config(block_m=128, block_n=64, block_k=32, num_warps=8, num_stages=3),
+        Config(block_m=64, block_n=64, block_k=32, num_warps=4, num_stages=3),
+    ),
+}
+MORE_CONFIGS[torch.bfloat16] = MORE_CONFIGS[torch.float16]
 
 
 def plan(m: int, n: int, k: int, dtype: torch.dtype, *, splittable: bool = True) -> Plan:
     """The largest tile that leaves few processors idle, and the fewest pieces that do the same."""
+    most = max(1, k // MIN_DEPTH) if splittable else 1
     for config in CONFIGS[dtype]:
-        # Without columns there are tiles all the same: a program may have more to write.
-        tiles = max(1, triton.cdiv(m, config.block_m)) * max(1, triton.cdiv(n, config.block_n))
-        most = max(1, k // MIN_DEPTH) if splittable else 1
-        if tiles * most >= ENOUGH_PROGRAMS:
+        if _tiles(config, m, n) * most >= ENOUGH_PROGRAMS:
             break
+    return plan_with(config, m, n, k, splittable=splittable)
+
+
+def plan_with(config: Config, m: int, n: int, k: int, *, splittable: bool = True) -> Plan:
+    """The fewest pieces that leave few processors idle with this tile."""
+    tiles = _tiles(config, m, n)
+    most = max(1, k // MIN_DEPTH) if splittable else 1
     depth = triton.cdiv(k, min(most, triton.cdiv(ENOUGH_PROGRAMS, tiles)))
     depth = max(1, triton.cdiv(depth, config.block_k)) * config.block_k
     return Plan(config, tiles, max(1, triton.cdiv(k, depth)), depth)
+
+
+def _tiles(config: Config, m: int, n: int) -> int:
+    # Without columns there are tiles all the same: a program may have more to write.
+    return max(1, triton.cdiv(m, config.block_m)) * max(1, triton.cdiv(n, config.block_n))
+
+
+def launch_planned(
+    kernel: str,
+    launch: Callable[[Plan], T],
+    x: torch.Tensor,
+    m: int,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    *variant: bool,
+    splittable: bool = True,
+) -> T:
+    """launch(plan), which changes nothing but what it returns, with the tile there is to use.
+
+    dtype is that of B; `variant` is what else may make another tile the fastest."""
+    planned = plan(m, n, k, dtype, splittable=splittable)
+    config = fastest(
+        (kernel, x.dtype, dtype, *variant, splittable),
+        (m, n, k),
+        planned.config,
+        (*CONFIGS[dtype], *MORE_CONFIGS[dtype]),
+        lambda config: launch(plan_with(config, m, n, k, splittable=splittable)),
+        x.device,
+    )
+    if config != planned.config:
+        planned = plan_with(config, m, n, k, splittable=splittable)
+    return launch(planned)
 
 
 @triton.jit
@@ -191,7 +247,7 @@ def _add_product(acc, a, b, PRECISION: tl.constexpr, ROUNDED: tl.constexpr):
 
 def rounded(dtype: torch.dtype) -> bool:
     """Whether bfloat16 is all that PyTorch's setting asks of what is computed from bfloat16."""
-    return dtype == torch.bfloat16 and torch.get_float32_matmul_precision() == "medium"
+    return dtype == torch.bfloat16 and float32_precision() == "medium"
 
 
 @triton.jit

@@ -5,6 +5,8 @@ as it loads h, and the sum of the partial products. No centered copy of h is eve
 2 n out in operations (twice that in half precision); n (out + in) entries read twice.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -23,9 +25,10 @@ from ._matrix import (
 )
 from ._product import (
     ADD_BLOCK,
+    Plan,
     add_partials,
     corrected_product,
-    plan,
+    launch_planned,
     product_tile,
     rounded,
     store_tile,
@@ -41,35 +44,43 @@ def centered_grad(
     shapes = (out, width), (out,), (width,)
     if n == 0:
         return tuple(g.new_zeros(shape, dtype=dtype) for shape in shapes)
+    with device_guard(g):
+        launch = functools.partial(_launch, g, h)
+        return launch_planned("centered_grad", launch, g, width, out, n, g.dtype)
+
+
+def _launch(g: torch.Tensor, h: torch.Tensor, plan: Plan):
+    (n, out), width = g.shape, h.shape[1]
+    dtype = torch.promote_types(g.dtype, torch.float32)
+    shapes = (out, width), (out,), (width,)
     grad_weight, grad_bias, mean = (g.new_empty(shape, dtype=dtype) for shape in shapes)
     rows_per_split, sum_splits = row_splits(n)
     # A mean of float32 would be off by its rounding, which the sum of g can make large.
     h_sums = mean.new_empty((sum_splits, width), dtype=torch.float64)
     g_sums = mean.new_empty((sum_splits, out), dtype=torch.float64)
-    config, tiles, splits, depth = plan(width, out, n, g.dtype)
+    config, tiles, splits, depth = plan
     partials = grad_weight if splits == 1 else grad_weight.new_empty((splits, out, width))
     (h_width_n, h_width_i), (g_width_n, g_width_o) = load_widths(h), load_widths(g)
 
-    with device_guard(g):
-        blocks = triton.cdiv(width, SUM_COLUMNS) + triton.cdiv(out, SUM_COLUMNS)
-        _sum_columns[(max(1, blocks), sum_splits)](
-            h, *h.stride(), g, *g.stride(), n, width, out, rows_per_split, h_sums, g_sums,
-            BLOCK_N=SUM_ROWS, BLOCK_D=SUM_COLUMNS,
-            WIDTH_HN=h_width_n, WIDTH_HI=h_width_i, WIDTH_GN=g_width_n, WIDTH_GO=g_width_o,
-        )  # fmt: skip
-        _centered_product[(tiles, splits)](
-            h, *h.stride(), g, *g.stride(), n, width, out, depth,
-            h_sums, g_sums, sum_splits, partials, grad_bias, mean,
-            BLOCK_S=MAX_SPLITS, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k, PRECISION=dot_precision(g.dtype), ROUNDED=rounded(g.dtype),
-            WIDTH_HN=h_width_n, WIDTH_HI=h_width_i, WIDTH_GN=g_width_n, WIDTH_GO=g_width_o,
-            WIDTH_OUT=load_widths(grad_weight)[1],
-            num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
-        if splits > 1:
-            add_partials[(triton.cdiv(grad_weight.numel(), ADD_BLOCK),)](
-                partials, splits, grad_weight.numel(), grad_weight, BLOCK=ADD_BLOCK
-            )
+    blocks = triton.cdiv(width, SUM_COLUMNS) + triton.cdiv(out, SUM_COLUMNS)
+    _sum_columns[(max(1, blocks), sum_splits)](
+        h, *h.stride(), g, *g.stride(), n, width, out, rows_per_split, h_sums, g_sums,
+        BLOCK_N=SUM_ROWS, BLOCK_D=SUM_COLUMNS,
+        WIDTH_HN=h_width_n, WIDTH_HI=h_width_i, WIDTH_GN=g_width_n, WIDTH_GO=g_width_o,
+    )  # fmt: skip
+    _centered_product[(tiles, splits)](
+        h, *h.stride(), g, *g.stride(), n, width, out, depth,
+        h_sums, g_sums, sum_splits, partials, grad_bias, mean,
+        BLOCK_S=MAX_SPLITS, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k, PRECISION=dot_precision(g.dtype), ROUNDED=rounded(g.dtype),
+        WIDTH_HN=h_width_n, WIDTH_HI=h_width_i, WIDTH_GN=g_width_n, WIDTH_GO=g_width_o,
+        WIDTH_OUT=load_widths(grad_weight)[1],
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    if splits > 1:
+        add_partials[(triton.cdiv(grad_weight.numel(), ADD_BLOCK),)](
+            partials, splits, grad_weight.numel(), grad_weight, BLOCK=ADD_BLOCK
+        )
     return grad_weight, grad_bias, mean
 
 

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ._autotune import fastest
 from ._matrix import (
     SUM_COLUMNS,
     SUM_ROWS,
@@ -29,19 +30,39 @@ from ._symmetric import (
     triangle_tile,
 )
 
+# By the type of h, the small tile and, where there is one, the large: what compiles without spills.
+# 128 x 128 spills in the epilogue under Triton 3.6, and so does 64 x 64 with four warps. Not yet
+# measured on a GPU.
+CONFIGS = {
+    torch.float64: (Config(block_m=32, block_k=16, num_warps=4, num_stages=3),),
+    torch.float32: (
+        Config(block_m=32, block_k=32, num_warps=4, num_stages=3),
+        Config(block_m=64, block_k=32, num_warps=8, num_stages=3),
+    ),
+    torch.float16: (
+        Config(block_m=32, block_k=32, num_warps=4, num_stages=3),
+        Config(block_m=64, block_k=64, num_warps=8, num_stages=4),
+    ),
+}
+CONFIGS[torch.bfloat16] = CONFIGS[torch.float16]
+# What the opt-in search tries beside these.
+MORE_CONFIGS = {
+    torch.float64: (Config(block_m=32, block_k=32, num_warps=4, num_stages=2),),
+    torch.float32: (
+        Config(block_m=64, block_k=16, num_warps=8, num_stages=4),
+        Config(block_m=32, block_k=64, num_warps=4, num_stages=2),
+    ),
+    torch.float16: (
+        Config(block_m=64, block_k=32, num_warps=8, num_stages=4),
+        Config(block_m=32, block_k=64, num_warps=4, num_stages=4),
+    ),
+}
+MORE_CONFIGS[torch.bfloat16] = MORE_CONFIGS[torch.float16]
+
 
 def heuristic_config(d: int, dtype: torch.dtype) -> Config:
-    """The largest tile that leaves few processors idle and spills no register on any target.
-
-    Chosen from tile counts and from what Triton 3.6 and 3.9 compile: 128 x 128 spills in the
-    epilogue under 3.6, and so does 64 x 64 with four warps. Not yet measured on a GPU."""
-    if dtype == torch.float64:
-        return Config(block_m=32, block_k=16, num_warps=4, num_stages=3)
-    if d <= 512:
-        return Config(block_m=32, block_k=32, num_warps=4, num_stages=3)
-    if dtype == torch.float32:
-        return Config(block_m=64, block_k=32, num_warps=8, num_stages=3)
-    return Config(block_m=64, block_k=64, num_warps=8, num_stages=4)
+    """The large tile where it leaves few processors idle."""
+    return CONFIGS[dtype][0 if d <= 512 else -1]
 
 
 def covariance(h: torch.Tensor, *, centered: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,7 +96,23 @@ def _update(cov, mean, h, *, decay, centered, accepted):
     n, d = h.shape
     if d == 0:
         return
-    config = heuristic_config(d, h.dtype)
+    with device_guard(h):
+        config = fastest(
+            ("covariance", h.dtype, centered),
+            (n, d),
+            heuristic_config(d, h.dtype),
+            (*CONFIGS[h.dtype], *MORE_CONFIGS[h.dtype]),
+            # Tried on memory of its own, and on any batch: one that is refused takes no time.
+            lambda config: _launch(
+                cov.new_empty(cov.shape), mean.new_empty(d), h, decay, centered, None, config
+            ),
+            h.device,
+        )
+        _launch(cov, mean, h, decay, centered, accepted, config)
+
+
+def _launch(cov, mean, h, decay, centered, accepted, config: Config):
+    n, d = h.shape
     rows_per_split, splits = row_splits(n)
     blocks = triton.cdiv(d, SUM_COLUMNS)
     # Rows: the batch mean, the old mean. The product reads the old mean from this copy, so that
@@ -84,24 +121,23 @@ def _update(cov, mean, h, *, decay, centered, accepted):
     finite = cov.new_empty(blocks, dtype=torch.int32)
     width_n, width_d = load_widths(h)
 
-    with device_guard(h):
-        sums = cov.new_empty((splits, 2, d)) if splits > 1 else None
-        _sum_columns[(blocks, splits)](
-            h, *h.stride(), n, d, rows_per_split, sums, mean, decay, means, finite,
-            BLOCK_N=SUM_ROWS, BLOCK_D=SUM_COLUMNS, WIDTH_N=width_n, WIDTH_D=width_d,
+    sums = cov.new_empty((splits, 2, d)) if splits > 1 else None
+    _sum_columns[(blocks, splits)](
+        h, *h.stride(), n, d, rows_per_split, sums, mean, decay, means, finite,
+        BLOCK_N=SUM_ROWS, BLOCK_D=SUM_COLUMNS, WIDTH_N=width_n, WIDTH_D=width_d,
+    )  # fmt: skip
+    if splits > 1:
+        _add_splits[(blocks,)](
+            sums, splits, n, d, mean, decay, means, finite,
+            BLOCK_S=triton.next_power_of_2(splits), BLOCK_D=SUM_COLUMNS,
         )  # fmt: skip
-        if splits > 1:
-            _add_splits[(blocks,)](
-                sums, splits, n, d, mean, decay, means, finite,
-                BLOCK_S=triton.next_power_of_2(splits), BLOCK_D=SUM_COLUMNS,
-            )  # fmt: skip
-        _update_product[triangle_grid(d, config.block_m)](
-            h, *h.stride(), n, d, means, finite, cov, mean, accepted, decay,
-            CENTERED=centered, BLOCKS=triton.next_power_of_2(blocks), BLOCK_D=SUM_COLUMNS,
-            BLOCK_M=config.block_m, BLOCK_K=config.block_k, PRECISION=dot_precision(h.dtype),
-            WIDTH_N=width_n, WIDTH_D=width_d,
-            num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
+    _update_product[triangle_grid(d, config.block_m)](
+        h, *h.stride(), n, d, means, finite, cov, mean, accepted, decay,
+        CENTERED=centered, BLOCKS=triton.next_power_of_2(blocks), BLOCK_D=SUM_COLUMNS,
+        BLOCK_M=config.block_m, BLOCK_K=config.block_k, PRECISION=dot_precision(h.dtype),
+        WIDTH_N=width_n, WIDTH_D=width_d,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
 
 
 @triton.jit

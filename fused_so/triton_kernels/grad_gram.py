@@ -10,6 +10,7 @@ n^2 (in + out) operations a layer, half of two general products; each side of a 
 for every row of tiles.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ._autotune import fastest
 from ._matrix import (
     SUM_COLUMNS,
     SUM_ROWS,
@@ -53,6 +55,13 @@ CONFIGS[torch.bfloat16] = CONFIGS[torch.float16]
 # The same tiles where one program makes both products: it has two more of them to keep.
 WHOLE_CONFIGS = {dtype: list(configs) for dtype, configs in CONFIGS.items()}
 WHOLE_CONFIGS[torch.float32][0] = CONFIGS[torch.float32][0]._replace(block_k=16, num_stages=3)
+# What the opt-in search tries beside these where sums are cut: both products at once spill.
+MORE_CONFIGS = {
+    torch.float64: (Config(block_m=32, block_k=32, num_warps=4, num_stages=2),),
+    torch.float32: (Config(block_m=32, block_k=32, num_warps=4, num_stages=2),),
+    torch.float16: (),
+}
+MORE_CONFIGS[torch.bfloat16] = MORE_CONFIGS[torch.float16]
 # Layers that one launch takes: their addresses are arguments. Fewer leave the rest unused.
 LAYERS = 8
 # Rows of the result that its column sums add at a time: twice as many spill a register.
@@ -81,13 +90,29 @@ def plan(n: int, widths: Sequence[int], dtype: torch.dtype) -> Plan:
         if tiles * most >= ENOUGH_PROGRAMS:
             break
     config, whole_config = configs
-    features = sum(widths)
     # A second launch costs more than a short sum on few processors.
-    if tiles >= ENOUGH_PROGRAMS or features <= 2 * MIN_DEPTH:
-        return Plan(whole_config, tiles, 0, 1)
-    depth = max(MIN_DEPTH, features // triton.cdiv(ENOUGH_PROGRAMS, tiles))
+    whole = tiles >= ENOUGH_PROGRAMS or sum(widths) <= 2 * MIN_DEPTH
+    return plan_with(whole_config if whole else config, whole, n, widths)
+
+
+def plan_with(config: Config, whole: bool, n: int, widths: Sequence[int]) -> Plan:
+    """The fewest pieces that leave few processors idle with this tile, or none if `whole`."""
+    (tiles,) = triangle_grid(n, config.block_m)
+    if whole:
+        return Plan(config, tiles, 0, 1)
+    depth = max(MIN_DEPTH, sum(widths) // triton.cdiv(ENOUGH_PROGRAMS, tiles))
     depth = triton.cdiv(depth, config.block_k) * config.block_k
-    return Plan(config, tiles, depth, triton.cdiv(max(widths), depth))
+    return Plan(config, tiles, depth, max(1, triton.cdiv(max(widths), depth)))
+
+
+def candidates(n: int, dtype: torch.dtype) -> list[tuple[Config, bool]]:
+    """What the opt-in search chooses between: a tile, and whether sums stay whole.
+
+    Pieces of many tiles would take far more memory than the result."""
+    whole = [(config, True) for config in WHOLE_CONFIGS[dtype]]
+    pieces = [(config, False) for config in (*CONFIGS[dtype], *MORE_CONFIGS[dtype])]
+    few = (c for c in pieces if triangle_grid(n, c[0].block_m)[0] <= 4 * ENOUGH_PROGRAMS)
+    return [*whole, *few]
 
 
 def grad_gram(
@@ -144,7 +169,30 @@ def _add_layers(gram, sides, biases, *, centered, add):
 
     # A deviation from the mean of halves is a float32.
     dtype = gram.dtype if centered else sides[0].dtype
-    config, tiles, depth, pieces = plan(n, [x.shape[1] for x in sides], dtype)
+    widths = [x.shape[1] for x in sides]
+    planned = plan(n, widths, dtype)
+    launch = functools.partial(
+        _launch, table, count, bias_mask, means, widest, along, squares, add, dtype, loads
+    )
+    config, whole = fastest(
+        ("grad_gram", sides[0].dtype, centered, count),
+        (n, sum(widths)),
+        (planned.config, planned.depth == 0),
+        candidates(n, dtype),
+        # Tried on memory of its own.
+        lambda choice: launch(gram.new_empty((n, n)), plan_with(*choice, n, widths)),
+        gram.device,
+    )
+    if (config, whole) != (planned.config, planned.depth == 0):
+        planned = plan_with(config, whole, n, widths)
+    launch(gram, planned)
+
+
+def _launch(
+    table, count, bias_mask, means, widest, along, squares, add, dtype, loads, gram, plan: Plan
+):
+    n = len(gram)
+    config, tiles, depth, pieces = plan
     tile = {"BLOCK_M": config.block_m, "BLOCK_K": config.block_k}
     launch = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     precision = dot_precision(dtype)

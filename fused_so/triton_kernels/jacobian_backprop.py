@@ -9,6 +9,8 @@ launch finishes each example: it adds the pieces and pulls the direction back.
 n o in read again for the pull-back.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -16,9 +18,10 @@ import triton.language as tl
 from ._matrix import device_guard, dot_precision, load_widths, multiple_of
 from ._product import (
     ADD_BLOCK,
+    Plan,
     add_partials,
     corrected_product,
-    plan,
+    launch_planned,
     product_tile,
     rounded,
     store_tile,
@@ -42,9 +45,6 @@ def jacobian_backprop(
     if n * outputs * width == 0:
         pulled = 0 if direction is None else (n, width)
         return jac.new_zeros((n, outputs, width), dtype=dtype), jac.new_zeros(pulled, dtype=dtype)
-    jac_in = jac.new_empty((n, outputs, width), dtype=dtype)
-    pullback = jac.new_empty(0 if direction is None else (n, width), dtype=dtype)
-    rows = n * outputs
     # Every row of tiles reads all of the weight, so that a copy of it costs little beside them; and
     # the largest tile of float32 spills with columns that are not neighbours.
     if weight.stride(1) != 1:
@@ -52,31 +52,51 @@ def jacobian_backprop(
     # Scaled float16 are float32, and so is what they are multiplied by.
     widened = dphi is not None and jac.dtype == torch.float16
     multiplied = torch.float32 if widened else jac.dtype
-    config, tiles, splits, depth = plan(rows, width, out, multiplied)
+    with device_guard(jac):
+        return launch_planned(
+            "jacobian_backprop",
+            functools.partial(_launch, jac, weight, dphi, direction, multiplied),
+            jac,
+            n * outputs,
+            width,
+            out,
+            multiplied,
+            dphi is not None,
+            direction is not None,
+        )
+
+
+def _launch(jac, weight, dphi, direction, multiplied, plan: Plan):
+    (n, outputs, out), width = jac.shape, weight.shape[1]
+    dtype = torch.promote_types(jac.dtype, torch.float32)
+    jac_in = jac.new_empty((n, outputs, width), dtype=dtype)
+    pullback = jac.new_empty(0 if direction is None else (n, width), dtype=dtype)
+    rows = n * outputs
+    config, tiles, splits, depth = plan
     partials = jac_in if splits == 1 else jac_in.new_empty((splits, *jac_in.shape))
     dots = None if direction is None else jac_in.new_empty((splits, rows))
     width_bk, width_bn = load_widths(weight)
 
-    with device_guard(jac):
-        _product[(tiles, splits)](
-            jac, *jac.stride(), weight, *weight.stride(), rows, outputs, width, out, depth,
-            dphi, *_strides(dphi), direction, *_strides(direction), partials, dots,
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-            PRECISION=dot_precision(multiplied), ROUNDED=rounded(jac.dtype),
-            WIDTH_AK=_load_width(jac, dphi, direction), WIDTH_BK=width_bk, WIDTH_BN=width_bn,
-            WIDTH_RN=load_widths(jac_in[0])[1],
-            num_warps=config.num_warps, num_stages=config.num_stages,
+    _product[(tiles, splits)](
+        jac, *jac.stride(), weight, *weight.stride(), rows, outputs, width, out, depth,
+        dphi, *_strides(dphi), direction, *_strides(direction), partials, dots,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
+        PRECISION=dot_precision(multiplied), ROUNDED=rounded(jac.dtype),
+        WIDTH_AK=_load_width(jac, dphi, direction), WIDTH_BK=width_bk, WIDTH_BN=width_bn,
+        WIDTH_RN=load_widths(jac_in[0])[1],
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    if direction is not None:
+        # One axis: the second one of a grid ends at 65535.
+        _pull_back[(n * triton.cdiv(width, PULL_COLUMNS),)](
+            partials, dots, splits, n, outputs, width, jac_in, pullback,
+            BLOCK_R=min(PULL_ROWS, triton.next_power_of_2(outputs)), BLOCK_N=PULL_COLUMNS,
+            WIDTH_N=load_widths(jac_in[0])[1],
         )  # fmt: skip
-        if direction is not None:
-            _pull_back[(n, triton.cdiv(width, PULL_COLUMNS))](
-                partials, dots, splits, n, outputs, width, jac_in, pullback,
-                BLOCK_R=min(PULL_ROWS, triton.next_power_of_2(outputs)), BLOCK_N=PULL_COLUMNS,
-                WIDTH_N=load_widths(jac_in[0])[1],
-            )  # fmt: skip
-        elif splits > 1:
-            add_partials[(triton.cdiv(jac_in.numel(), ADD_BLOCK),)](
-                partials, splits, jac_in.numel(), jac_in, BLOCK=ADD_BLOCK
-            )
+    elif splits > 1:
+        add_partials[(triton.cdiv(jac_in.numel(), ADD_BLOCK),)](
+            partials, splits, jac_in.numel(), jac_in, BLOCK=ADD_BLOCK
+        )
     return jac_in, pullback
 
 
@@ -172,8 +192,9 @@ def _pull_back(
     Always in the same order. 2 n outputs width operations, (splits + 1) n outputs width entries."""
     ACC: tl.constexpr = jac_in_ptr.dtype.element_ty
     width = multiple_of(width, WIDTH_N)
-    example = tl.program_id(0).to(tl.int64)
-    col = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    blocks = tl.cdiv(width, BLOCK_N)
+    example = (tl.program_id(0) // blocks).to(tl.int64)
+    col = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     pulled = tl.zeros((BLOCK_R, BLOCK_N), ACC)
     for start in range(0, outputs, BLOCK_R):
         output = start + tl.arange(0, BLOCK_R)

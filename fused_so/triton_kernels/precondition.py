@@ -6,12 +6,14 @@ and one that finishes the rows: scale, and the bias' step. Alpha is read on the 
 of the gradient and the inverse; then two passes over out in entries.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
 from ._matrix import device_guard, dot_precision, load_widths, multiple_of
-from ._product import corrected_product, plan, product_tile, store_tile
+from ._product import Plan, corrected_product, launch_planned, product_tile, store_tile
 
 # Tile of the pass over the rows: whole rows by one program, so that it can finish the bias. Some
 # other shapes spill a register or two under Triton 3.6 or 3.9.
@@ -65,7 +67,16 @@ def _strides(matrix: torch.Tensor | None) -> tuple[int, int]:
 def _multiply(a, b, u=None, v=None, *, splittable=True, transposed=False):
     """Partial products (splits, m, n) of (a - u v^T) b, or (splits, n, m) if `transposed`."""
     (m, k), n = a.shape, b.shape[1]
-    config, tiles, splits, depth = plan(m, n, k, b.dtype, splittable=splittable)
+    launch = functools.partial(_launch, a, b, u, v, transposed)
+    corrected = u is not None
+    return launch_planned(
+        "precondition", launch, a, m, n, k, b.dtype, corrected, transposed, splittable=splittable
+    )
+
+
+def _launch(a, b, u, v, transposed: bool, plan: Plan) -> torch.Tensor:
+    (m, k), n = a.shape, b.shape[1]
+    config, tiles, splits, depth = plan
     partials = b.new_empty((splits, n, m) if transposed else (splits, m, n))
     result = partials.mT if transposed else partials
     (width_am, width_ak), (width_bk, width_bn) = load_widths(a), load_widths(b)

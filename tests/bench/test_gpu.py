@@ -12,6 +12,8 @@ import torch
 from bench import gpu, gpu_cases, gpu_memory_check, gpu_ops, gpu_report, gpu_steps
 from bench.bench_steps import OPTIMIZERS
 from bench.gpu import Part
+from fused_so import _extension
+from fused_so.triton_kernels import _autotune
 
 CPU = torch.device("cpu")
 CASES = [(op, case) for op in gpu.OPS for case in gpu_cases.CASES[op]()]
@@ -158,6 +160,37 @@ def test_what_there_is_no_time_for_is_said(rows_file, monkeypatch):
     assert compiled == {"not_timed": "precondition 32 x 32", "compiled": True}
 
 
+def test_what_a_search_gains(rows_file, monkeypatch):
+    (case,) = (case for _, case in CASES if case.name == "precondition 32 x 32")
+    seen = []
+
+    def ours(*inputs):
+        seen.append(_extension.AUTOTUNE)
+        if seen[-1]:
+            _autotune.choices.setdefault("precondition", ("a", "tile"))
+        return case.ours(*inputs)
+
+    def out_of_memory(*_):
+        raise RuntimeError("CUDA out of memory")
+
+    broken = gpu_cases.Case(**{**vars(case), "name": "broken", "inputs": out_of_memory})
+    quick(monkeypatch, broken, gpu_cases.Case(**{**vars(case), "ours": ours}))
+    monkeypatch.setattr(_autotune, "choices", {"another size": "another tile"})
+    assert gpu_ops.time_tuned("precondition", CPU, 0) is False
+    failed, row = rows_file()
+    assert failed == {"failed": "broken, tuned", "error": "CUDA out of memory"}
+    assert row["tuned"] == case.name
+    assert row["choices"] == ["('a', 'tile')"]
+    assert row["ratio"] == row["ms"] / row["tuned_ms"]
+    # The search comes first, then calls without it and with it, by turns.
+    assert seen[:3] == [True, False, False]
+    assert True in seen[3:]
+    assert _extension.AUTOTUNE is False
+    monkeypatch.setattr(gpu_ops, "seconds_left", lambda: 5.0)
+    assert gpu_ops.time_tuned("precondition", CPU, 0) is True
+    assert rows_file()[-1] == {"not_timed": case.name, "tuned": True}
+
+
 def test_steps_of_every_optimizer():
     medians = gpu_steps.time_steps(4, CPU, steps=10, rounds=1)
     rows = gpu_steps.rows_of(4, medians)
@@ -290,6 +323,16 @@ def test_the_parts_are_what_there_is_and_end_within_eight_minutes():
         assert (gpu.ROOT / path).exists()
 
 
+def test_the_search_is_a_part_only_when_it_is_asked_for():
+    usual, more = gpu.parts(), gpu.parts(autotune=True)
+    assert [part.name for part in more[: len(usual)]] == [part.name for part in usual]
+    added = {part.name: part.command[-3:] for part in more[len(usual) :]}
+    assert added == {f"tune {op}": ["bench.gpu_ops", op, "--tuned"] for op in gpu.TRITON_OPS}
+    kernels = gpu.ROOT / "fused_so" / "triton_kernels"
+    for op in gpu.OPS:
+        assert (op in gpu.TRITON_OPS) == (kernels / f"{op.removesuffix('_')}.py").exists()
+
+
 def run_pytest(tmp_path, text):
     (tmp_path / "test_it.py").write_text(text)
     rows = tmp_path / "rows"
@@ -364,6 +407,11 @@ def test_the_table():
             {"failed": "other 64", "error": "out of memory\nat line 3", "kernel": True},
             {"not_timed": "other 8192", "compiled": True},
         ]),
+        Part("tune precondition", [], 1.0, status="passed", rows=[
+            {"tuned": "precondition 64 x 64", "ms": 0.2, "tuned_ms": 0.1, "ratio": 2.0,
+             "choices": ["one", "two"]},
+            {"not_timed": "precondition 128 x 128", "tuned": True},
+        ]),
         Part("time steps", [], 1.0, status="passed", rows=[
             {"batch": 128, "optimizer": "sgd", "ms": 1.0, "times_sgd": 1.0},
             {"batch": 128, "optimizer": "acp", "ms": 1.5, "times_sgd": 1.5},
@@ -374,11 +422,13 @@ def test_the_table():
     assert lines[0] == "gpu H200, driver 580, commit abc"
     assert "1 failed, 1 passed" in next(line for line in lines if line.startswith("tests"))
     # A size that was timed again, beside compiled baselines, is shown once.
-    (shown,) = (line for line in lines if line.startswith("precondition"))
+    (shown,) = (line for line in lines if line.startswith("precondition 32"))
     assert shown.split()[4:] == ["0.0500", "-", "0.1000", "1.50x", "25%", "1.0e-06", "plain,",
                                  "compiled"]  # fmt: skip
     assert "failed: other 64: out of memory" in lines
-    assert "no time was left for: other 8192" in lines
+    assert "no time was left for: other 8192, precondition 128 x 128" in lines
+    tuned = next(line for line in lines if line.startswith("precondition 64"))
+    assert tuned.split()[3:] == ["64", "0.2000", "0.1000", "2.00x", "one;", "two"]
     assert "ran on the reference: precondition" in lines
     assert "copy 4200 GB/s; products in TFLOP/s: float32 150" in lines
     assert next(line for line in lines if line.startswith("acp")).split() == [

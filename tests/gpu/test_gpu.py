@@ -5,7 +5,8 @@ import torch
 
 import fused_so
 from bench.problems import autoencoder
-from fused_so import ops, reference
+from fused_so import _extension, ops, reference
+from fused_so.triton_kernels import _autotune
 from tests.ops import budget, checks
 
 WIDTHS = (100, 64, 30, 64, 100)
@@ -124,6 +125,25 @@ def test_errors_are_at_most_twice_those_of_cublas(n, width, name, precision):
         error, allowed = ((z - truth).abs().max().item() for z in (x, y))
         limit = 2 * allowed + torch.finfo(torch.float32).eps * truth.abs().max().item()
         assert error <= limit, f"result {i}: error {error:.3g}, limit {limit:.3g}"
+
+
+@pytest.mark.parametrize(
+    "name", ["covariance", "centered_grad", "precondition", "grad_gram", "jacobian_backprop"]
+)
+def test_the_search_for_tiles_with_its_own_clock(name, monkeypatch):
+    monkeypatch.setattr(_extension, "AUTOTUNE", True)
+    monkeypatch.setattr(_autotune, "choices", {})
+    ours, plain, arguments = against_cublas(300, 200)[name]
+    first = ours(*arguments)
+    assert _autotune.choices
+    # What was found is used from now on.
+    monkeypatch.setattr(_autotune, "do_bench", None)
+    second = ours(*arguments)
+    exact = plain(*(x.double() for x in arguments))
+    for x, y, z, truth in zip(first, second, plain(*arguments), exact, strict=True):
+        assert torch.equal(x, y)
+        limit = 2 * (z - truth).abs().max() + torch.finfo(torch.float32).eps * truth.abs().max()
+        assert (x - truth).abs().max() <= limit
 
 
 def on_gpu(function):
@@ -253,6 +273,13 @@ def test_jacobians_past_32_bits():
     expected = reference.jacobian_backprop(jac[last], weight, dphi=row[last], direction=row[last])
     for x, y in zip(got, expected, strict=True):
         torch.testing.assert_close(x[last], y, rtol=1e-4, atol=1e-4 * y.abs().max().item())
+
+
+def test_more_columns_than_the_second_axis_of_a_grid_has_blocks():
+    ones, weight = torch.ones(1, 1, 2, device="cuda"), random(2, 65536 * 128 + 5)
+    jac_in, pullback = ops.jacobian_backprop(ones, weight, direction=ones[0])
+    torch.testing.assert_close(jac_in[0], weight.sum(0, keepdim=True))
+    torch.testing.assert_close(pullback, 2 * jac_in[0])
 
 
 def test_a_gram_matrix_past_32_bits():

@@ -4,6 +4,7 @@ The launchers run on meta tensors under a driver that only names a target, so th
 the configuration and the precision are the shipped ones and cannot drift from the test.
 """
 
+import functools
 import importlib
 import itertools
 import json
@@ -67,6 +68,7 @@ def cases():
     yield from precondition_cases()
     yield from grad_gram_cases()
     yield from jacobian_backprop_cases()
+    yield from searching_cases()
 
 
 def covariance_cases():
@@ -230,6 +232,56 @@ def jacobian_backprop_cases():
     yield "jacobian_backprop medium", at_medium
 
 
+def searching_cases():
+    """What the opt-in search tries beside what the heuristics choose, for every op and type."""
+    from fused_so import _extension
+    from fused_so.triton_kernels import _autotune
+
+    def compile_more(launch, candidate, more):
+        # Of grad_gram a candidate says too whether its sums stay whole.
+        config = candidate[0] if isinstance(candidate[0], tuple) else candidate
+        if config in more and (config is candidate or not candidate[1]):
+            launch(candidate)
+            return 1.0
+        return 0.0
+
+    def searching(op, call):
+        kernels = module({"covariance": op, "grad_gram": op}.get(op, "_product"))
+        more = {config for configs in kernels.MORE_CONFIGS.values() for config in configs}
+        milliseconds = _autotune.milliseconds
+        _extension.AUTOTUNE = True
+        _autotune.milliseconds = functools.partial(compile_more, more=more)
+        call()
+        _extension.AUTOTUNE, _autotune.milliseconds = False, milliseconds
+
+    halves_too = torch.float16, torch.bfloat16, torch.float32, torch.float64
+    wanted = (
+        *(f"covariance_ {dtype} d=1000" for dtype in halves_too),
+        *(f"centered_grad {dtype} (8192, 1000, 2000)" for dtype in halves_too),
+        "centered_grad float16",
+        "covariance float16",
+        "precondition torch.float32 (1000, 2000)",
+        "precondition torch.float64 (1000, 2000)",
+        *(f"jacobian_backprop {(256, 10, 1000, 2000, dtype)}" for dtype in halves_too),
+    )
+    for name, call in (
+        *covariance_cases(),
+        *centered_grad_cases(),
+        *precondition_cases(),
+        *grad_gram_cases(),
+        *jacobian_backprop_cases(),
+    ):
+        large = name.startswith(("grad_gram (512", "grad_gram nine wide layers"))
+        if large or name in wanted:
+            op = name.split()[0].removesuffix("_")
+            yield f"searching {name}", lambda op=op, call=call: searching(op, call)
+
+
+def module(name):
+    """Of the kernels: the function of the same name may hide it."""
+    return importlib.import_module(f"fused_so.triton_kernels.{name}")
+
+
 def compile_all(target, prefix=""):
     """In a process of its own: prints [[case, kernel, configuration, {resource: number}], ...]
     as JSON."""
@@ -313,21 +365,24 @@ def compilers():
 
 @pytest.mark.parametrize("target", SHARED_MEMORY)
 def test_compiles_without_spills(target, compilers):
-    from fused_so.triton_kernels import _product
-
-    grad_gram = importlib.import_module("fused_so.triton_kernels.grad_gram")
-
+    _product, covariance, grad_gram = map(module, ("_product", "covariance", "grad_gram"))
     out, errors = compilers[target].communicate()
     assert compilers[target].returncode == 0, errors[-3000:]
     kernels = json.loads(out.splitlines()[-1])
     # The capture itself works: no kernel and no configuration was missed.
     assert {name for _, name, _, _ in kernels} == KERNELS
     shipped = {
-        product: [config for dtype in dtypes for config in _product.CONFIGS[dtype]]
+        product: [
+            config
+            for dtype in dtypes
+            for config in (*_product.CONFIGS[dtype], *_product.MORE_CONFIGS[dtype])
+        ]
         for product, dtypes in PRODUCTS.items()
     }
     shipped["grad_gram._layers"] = itertools.chain(*grad_gram.WHOLE_CONFIGS.values())
-    shipped["grad_gram._pieces"] = itertools.chain(*grad_gram.CONFIGS.values())
+    tuned = {"covariance._update_product": covariance, "grad_gram._pieces": grad_gram}
+    for name, configs in tuned.items():
+        shipped[name] = itertools.chain(*configs.CONFIGS.values(), *configs.MORE_CONFIGS.values())
     for product, configs in shipped.items():
         reached = [config for _, name, config, _ in kernels if name == product]
         # A tile of a symmetric product is a square: it has no BLOCK_N.

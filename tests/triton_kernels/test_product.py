@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fused_so.triton_kernels import _product
+from fused_so.triton_kernels import _matrix, _product
 from tests.triton_kernels.device import DEVICE, far_apart
 
 
@@ -62,3 +62,22 @@ def test_stores_past_32_bits():
     fill[(1,)](x, x.stride(0), 3, 5, BLOCK=16)
     expected = torch.arange(3)[:, None] * 10 + torch.arange(5)
     assert torch.equal(x.cpu(), expected.half())
+
+
+@pytest.fixture
+def cuda_precision():
+    """The newer of PyTorch's two settings."""
+    setting = torch.backends.cuda.matmul
+    before = setting.fp32_precision
+    yield setting
+    setting.fp32_precision = before
+
+
+def test_the_newer_setting_of_the_precision_is_followed(cuda_precision):
+    assert _matrix.float32_precision() == "highest"
+    cuda_precision.fp32_precision = "tf32"
+    # PyTorch itself raises here: the older setting still says "highest".
+    assert _matrix.float32_precision() == "high"
+    assert not _product.rounded(torch.bfloat16)
+    cuda_precision.fp32_precision = "ieee"
+    assert _matrix.float32_precision() == "highest"
