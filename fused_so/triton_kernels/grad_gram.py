@@ -55,6 +55,8 @@ CONFIGS[torch.bfloat16] = CONFIGS[torch.float16]
 # The same tiles where one program makes both products: it has two more of them to keep.
 WHOLE_CONFIGS = {dtype: list(configs) for dtype, configs in CONFIGS.items()}
 WHOLE_CONFIGS[torch.float32][0] = CONFIGS[torch.float32][0]._replace(block_k=16, num_stages=3)
+for half in (torch.float16, torch.bfloat16):
+    WHOLE_CONFIGS[half][0] = CONFIGS[half][0]._replace(num_stages=3)
 # What the opt-in search tries beside these where sums are cut: both products at once spill.
 MORE_CONFIGS = {
     torch.float64: (Config(block_m=32, block_k=32, num_warps=4, num_stages=2),),

@@ -163,6 +163,7 @@ def grad_gram_cases():
     # One launch of large tiles and of small ones, pieces of large tiles and of small ones.
     for n, widths in (
         (1024, (1000, 1000)),
+        (1024, autoencoder),
         (50, (64, 64)),
         (512, autoencoder),
         (64, autoencoder),
