@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -18,6 +19,16 @@ from matplotlib.ticker import LogLocator
 from bench.methods import METHODS
 from bench.problems import Problem
 from bench.training import AVERAGING_DECAY, EVALUATED_ROWS, Run
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write `file` whole or not at all, so that a killed program leaves no half of one."""
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(text)
+        unfinished.replace(file)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _by_optimizer(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -158,6 +169,6 @@ def write(
         "runs": [{**asdict(run), "updates_per_second": run.updates_per_second} for run in runs],
     }
     text = json.dumps(document, indent=1, default=str)
-    (directory / f"{problem.name}.json").write_text(text + "\n")
+    write_whole(directory / f"{problem.name}.json", text + "\n")
     drawing = figure(problem, runs, arguments["batch_size"], machine)
     drawing.savefig(directory / f"{problem.name}.png")

@@ -14,34 +14,21 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import optuna
 import torch
 from torch import nn
 from tqdm import tqdm
 
+from bench.arguments import positive
 from bench.environment import environment
 from bench.methods import METHODS
 from bench.problems import PROBLEMS, Problem, default_data
 from bench.report import table, write
 from bench.training import EVALUATIONS, Budget, Run, evaluate, search, train, trials_of
 from fused_so.likelihoods import Bernoulli
-
-
-def _positive(kind: type) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not 0 < value < math.inf:
-            raise argparse.ArgumentTypeError(f"must be a positive {kind.__name__}, got {text!r}")
-        return value
-
-    return parse
 
 
 def _optimizer(name: str) -> str:
@@ -60,7 +47,7 @@ def _rate(text: str) -> tuple[str, float]:
     name, equals, value = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"must be OPTIMIZER=RATE, got {text!r}")
-    return _optimizer(name), _positive(float)(value)
+    return _optimizer(name), positive(float)(value)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -80,16 +67,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     length = parser.add_mutually_exclusive_group()
     length.add_argument(
-        "--seconds", type=_positive(float), default=60.0, help="training time a run (default: 60)"
+        "--seconds", type=positive(float), default=60.0, help="training time a run (default: 60)"
     )
     length.add_argument(
-        "--updates", type=_positive(int), help="updates a run, for results that need no clock"
+        "--updates", type=positive(int), help="updates a run, for results that need no clock"
     )
-    add("--seeds", type=_positive(int), default=3, help="runs an optimizer (default: 3)")
-    add("--batch-size", type=_positive(int), default=256, help="for all methods (default: 256)")
+    add("--seeds", type=positive(int), default=3, help="runs an optimizer (default: 3)")
+    add("--batch-size", type=positive(int), default=256, help="for all methods (default: 256)")
     add(
         "--search-seconds",
-        type=_positive(float),
+        type=positive(float),
         help="training time a candidate of a search (default: a quarter of a run)",
     )
     add(
@@ -113,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="where the files of mnist are, and curves are kept (default: %(default)s)",
     )
-    add("--threads", type=_positive(int), help="torch.set_num_threads (default: torch's own)")
+    add("--threads", type=positive(int), help="torch.set_num_threads (default: torch's own)")
     add("--out", type=Path, default=Path("results"), help="folder for the files (default: results)")
     return parser
 
