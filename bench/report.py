@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -16,7 +17,6 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from bench.methods import METHODS
 from bench.problems import Problem
 from bench.training import AVERAGING_DECAY, EVALUATED_ROWS, Run
 
@@ -38,11 +38,11 @@ def _by_optimizer(runs: Sequence[Run]) -> dict[str, list[Run]]:
     return grouped
 
 
-def _spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float], digits: int = 4) -> str:
     """The median, and [min, max] if there is more than one value; never where it is inf."""
 
     def show(value: float) -> str:
-        return f"{value:.4g}" if math.isfinite(value) else "never"
+        return f"{value:.{digits}g}" if math.isfinite(value) else "never"
 
     if len(values) == 1:
         return show(values[0])
@@ -63,14 +63,14 @@ def table(runs: Sequence[Run]) -> str:
     rows = [header]
     for name, group in grouped.items():
         row = [name, _learning_rate(group[0])]
-        row.append(_spread([run.final("updates") for run in group]))
-        row.append(_spread([run.final("seconds") for run in group]))
-        row.append(_spread([1000 / max(run.updates_per_second, 1e-9) for run in group]))
+        row.append(spread([run.final("updates") for run in group]))
+        row.append(spread([run.final("seconds") for run in group]))
+        row.append(spread([1000 / max(run.updates_per_second, 1e-9) for run in group]))
         for error in ("train_error", "test_error"):
-            row.append(_spread([run.final(error) for run in group]).replace("never", "diverged"))
+            row.append(spread([run.final(error) for run in group]).replace("never", "diverged"))
         if "sgd" in grouped:
             reached = [run.first_below(target) for run in group]
-            row += [_spread(column) for column in zip(*reached, strict=True)]
+            row += [spread(column) for column in zip(*reached, strict=True)]
         rows.append(row)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
@@ -87,14 +87,27 @@ def _learning_rate(run: Run) -> str:
 def figure(
     problem: Problem, runs: Sequence[Run], batch_size: int, machine: Mapping[str, Any]
 ) -> Figure:
+    """The curves of all optimizers, labeled with their learning rates."""
+    groups = {
+        f"{name}, lr {_learning_rate(group[0])}": group
+        for name, group in _by_optimizer(runs).items()
+    }
+    return curves(groups, problem.name, problem.error_name, batch_size, machine)
+
+
+def curves(
+    groups: Mapping[str, Sequence[Run]],
+    title: str,
+    error_name: str,
+    batch_size: int,
+    machine: Mapping[str, Any],
+) -> Figure:
     """Training error against seconds and against updates: the seeds' median, and their range."""
     drawing = Figure(figsize=(10, 4.2), dpi=150, layout="constrained")
     panels = drawing.subplots(1, 2, sharey=True)
-    grouped = _by_optimizer(runs)
     finals = []
-    for name, group in grouped.items():
-        colour = matplotlib.colormaps["tab10"](list(METHODS).index(name))
-        label = f"{name}, lr {_learning_rate(group[0])}"
+    colours = matplotlib.colormaps["tab10" if len(groups) <= 10 else "tab20"].colors
+    for colour, (label, group) in zip(itertools.cycle(colours), groups.items(), strict=False):
         for panel, axis in zip(panels, ("seconds", "updates"), strict=True):
             positions, errors = _align(group, axis)
             middle = np.median(errors, axis=0)
@@ -114,11 +127,11 @@ def figure(
         panel.spines[["top", "right"]].set_visible(False)
     if finals:
         panels[0].set_ylim(0.8 * min(finals), 3 * max(finals))
-    panels[0].set_ylabel("training error\n" + problem.error_name, fontsize=9)
+    panels[0].set_ylabel("training error\n" + error_name, fontsize=9)
     panels[1].legend(frameon=False)
-    seeds = len({run.seed for run in runs})
+    seeds = len({run.seed for group in groups.values() for run in group})
     drawing.suptitle(
-        f"{problem.name}: batch {batch_size}, "
+        f"{title}: batch {batch_size}, "
         + (f"median and range of {seeds} seeds\n" if seeds > 1 else "one seed\n")
         + f"{machine['cpu']}, threads: {machine['threads']}, torch {machine['torch']}",
         fontsize=10,

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
 
-from bench.methods import METHODS
 from bench.search import BiasedRandomSampler, acceptance, at_edge, space_of
 
 DRAWS = 4000
@@ -190,15 +189,10 @@ def test_bad_seeds_and_several_objectives_are_refused():
 
 
 def test_the_space_of_a_method():
-    method = replace(METHODS["sgd"], candidates={"lr": (1e-2, 1e-3, 1e-1)})
-
-    @dataclass
-    class WithSpace:
-        space: dict
-
-    assert space_of(WithSpace({"m": MOMENTUM})) == {"m": MOMENTUM}
-    if not hasattr(method, "space"):
-        assert space_of(method) == {"lr": FloatDistribution(1e-3, 1e-1, log=True)}
+    with_space = SimpleNamespace(space={"m": MOMENTUM})
+    assert space_of(with_space) == {"m": MOMENTUM}
+    with_candidates = SimpleNamespace(candidates={"lr": (1e-2, 1e-3, 1e-1)})
+    assert space_of(with_candidates) == {"lr": FloatDistribution(1e-3, 1e-1, log=True)}
 
 
 def test_the_edges_of_a_range():
