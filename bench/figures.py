@@ -24,11 +24,12 @@ from bench.training import Budget, Run
 
 FIGURES = {
     "centering": ("sgd", "cgd", "mean_only_bn"),
-    "second_order": ("acp_fixed", "acp", "nnn", "kfac", "bn"),
+    "second_order": ("acp_fixed", "acp_heuristic", "acp", "nnn", "kfac", "bn"),
     "ubp": ("sgd", "ubp"),
-    "kfac": ("kfac", "kfac_no_momentum", "kfac_tridiagonal", "kfac_tridiagonal_no_momentum"),
+    "kfac": ("kfac", "kfac_momentum", "kfac_tridiagonal", "sgd_nesterov"),
+    "published": ("acp", "kfac", "adam", "singd", "sirfshampoo", "soap"),
 }
-"""George 2017, figures 6.1, 6.2 and 5.1; Martens and Grosse 2015, figure 4."""
+"""George 2017, figures 6.1, 6.2 and 5.1; Martens and Grosse 2015, figure 4; other libraries."""
 
 BEGIN = "<!-- from bench/results/evidence by python -m bench.figures -->"
 END = "<!-- end of what bench.figures writes -->"

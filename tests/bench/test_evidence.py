@@ -8,8 +8,11 @@ import json
 import pytest
 import torch
 
+import fused_so
 from bench import evidence as program
+from bench.methods import METHODS
 from bench.training import Budget, Run
+from fused_so.likelihoods import Bernoulli
 
 SMALL = [
     *("--problems", "digits", "--methods", "sgd,acp", "--trials", "3", "--seeds", "2"),
@@ -203,11 +206,15 @@ def test_a_longer_run_is_one_more(tmp_path, monkeypatch, trained):
     assert [len(parts[role]) for role in ("trial", "tuned", "longer")] == [1, 1, 1]
 
 
-def test_whose_defaults_are_ours():
-    assert program.has_defaults("acp")
-    assert program.has_defaults("ubp")
-    assert not program.has_defaults("sgd")
-    assert not program.has_defaults("adam")
+def test_our_optimizers_are_all_there_and_need_no_options():
+    built = {
+        type(METHODS[method].build(torch.nn.Linear(1, 1), Bernoulli())) for method in program.OURS
+    }
+    assert built == {
+        one
+        for one in vars(fused_so).values()
+        if isinstance(one, type) and issubclass(one, torch.optim.Optimizer)
+    }
 
 
 def test_a_diverged_run_is_the_worst():

@@ -82,7 +82,7 @@ def test_figures_name_their_files(evidence, capsys):
     assert program.main(["--evidence", str(evidence)]) == 0
     folder = evidence / "digits"
     # ubp and kfac have fewer than two methods here.
-    assert {file.stem for file in folder.glob("*.png")} == {"centering", "all"}
+    assert {file.stem for file in folder.glob("*.png")} == {"centering", "all", "published"}
     assert (folder / "centering.png").read_bytes().startswith(b"\x89PNG")
     document = json.loads((folder / "centering.json").read_text())
     assert document["left_out"] == ["mean_only_bn"]
