@@ -20,6 +20,9 @@ from matplotlib.ticker import LogLocator
 from bench.problems import Problem
 from bench.training import AVERAGING_DECAY, EVALUATED_ROWS, Run
 
+NO_ERROR = 1e-9
+"""Where an error of 0 is drawn on the logarithmic axis: below all others."""
+
 
 def write_whole(file: Path, text: str) -> None:
     """Write `file` whole or not at all, so that a killed program leaves no half of one."""
@@ -115,7 +118,11 @@ def curves(
             panel.fill_between(
                 positions, errors.min(0), errors.max(0), color=colour, alpha=0.2, linewidth=0
             )
-        finals += [run.final("train_error") for run in group if not run.diverged]
+        finals += [
+            run.final("train_error")
+            for run in group
+            if not run.diverged and run.final("train_error") > 0
+        ]
     for panel, axis in zip(panels, ("seconds of training", "updates"), strict=True):
         panel.set_yscale("log")
         panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
@@ -149,7 +156,7 @@ def _align(runs: Sequence[Run], axis: str) -> tuple[np.ndarray, np.ndarray]:
     positions = np.unique([x for run in runs for x in run.curve[axis] if x <= end])
     rows = []
     for run in runs:
-        errors = np.log(run.curve["train_error"])
+        errors = np.log(np.maximum(run.curve["train_error"], NO_ERROR))
         finite = np.isfinite(errors)
         xs = np.asarray(run.curve[axis])[finite]
         right = np.inf if run.diverged else None

@@ -10,6 +10,7 @@ import pytest
 
 from bench import figures as program
 from bench.evidence import Plan
+from bench.report import curves
 from bench.training import Budget, Run
 
 ROOT = Path(__file__).parents[2]
@@ -93,6 +94,18 @@ def test_figures_name_their_files(evidence, capsys):
     for files in document["files"].values():
         assert all((folder / file).is_file() for file in files)
     assert program.BEGIN in capsys.readouterr().out
+
+
+def test_an_error_of_zero_is_drawn_below_all_others():
+    run = Run("sgd", 0, {})
+    for step, error in enumerate((4.0, 2.0, 0.0)):
+        run.record(seconds=float(step), updates=step, train_error=error, test_error=error)
+    drawing = curves({"sgd": [run]}, "title", "error rate (%)", 128, MACHINE)
+    line = drawing.axes[0].lines[0]
+    assert line.get_ydata() == pytest.approx([4.0, 2.0, 1e-9])
+    run.curve["train_error"][2] = 1.0
+    limits = curves({"sgd": [run]}, "title", "error", 128, MACHINE).axes[0].get_ylim()
+    assert limits == pytest.approx((0.8, 3.0))
 
 
 def test_the_block_is_replaced_and_nothing_else(evidence, tmp_path):
