@@ -143,6 +143,23 @@ def test_fewer_methods_later_leave_the_index_whole(tmp_path, trained):
     assert json.loads((tmp_path / "digits" / "index.json").read_text()) == whole
 
 
+def test_work_that_stops_leaves_what_the_index_had(tmp_path, monkeypatch, trained):
+    program.main([*SMALL, "--out", str(tmp_path)])
+    before = json.loads((tmp_path / "digits" / "index.json").read_text())["methods"]
+    noted = program.train
+
+    def killed(run, problem, budget, *arguments, **options):
+        if run.optimizer == "adam" and budget.amount > 1:
+            raise KeyboardInterrupt
+        noted(run, problem, budget, *arguments, **options)
+
+    monkeypatch.setattr(program, "train", killed)
+    more = [*SMALL, "--methods", "sgd,acp,adam", "--out", str(tmp_path)]
+    assert program.main(more) == 130
+    after = json.loads((tmp_path / "digits" / "index.json").read_text())["methods"]
+    assert after == {**before, "adam": {}}
+
+
 def test_a_dry_run_trains_nothing_and_counts(tmp_path, trained, capsys):
     assert program.main([*SMALL, "--dry-run", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
