@@ -16,7 +16,8 @@ import torch
 def environment() -> dict[str, Any]:
     """The machine, the software and the moment, as far as they can be known."""
     fused_so = sys.modules.get("fused_so")
-    changes = _git("status", "--porcelain")
+    # Results do not change what is measured, and programs that go on where they were leave some.
+    changes = _git("status", "--porcelain", "--", ":/", ":(top,exclude)bench/results")
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -15,9 +17,21 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from bench.methods import METHODS
 from bench.problems import Problem
 from bench.training import AVERAGING_DECAY, EVALUATED_ROWS, Run
+
+NO_ERROR = 1e-9
+"""Where an error of 0 is drawn on the logarithmic axis: below all others."""
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write `file` whole or not at all, so that a killed program leaves no half of one."""
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(text)
+        unfinished.replace(file)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _by_optimizer(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -27,11 +41,11 @@ def _by_optimizer(runs: Sequence[Run]) -> dict[str, list[Run]]:
     return grouped
 
 
-def _spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float], digits: int = 4) -> str:
     """The median, and [min, max] if there is more than one value; never where it is inf."""
 
     def show(value: float) -> str:
-        return f"{value:.4g}" if math.isfinite(value) else "never"
+        return f"{value:.{digits}g}" if math.isfinite(value) else "never"
 
     if len(values) == 1:
         return show(values[0])
@@ -52,14 +66,14 @@ def table(runs: Sequence[Run]) -> str:
     rows = [header]
     for name, group in grouped.items():
         row = [name, _learning_rate(group[0])]
-        row.append(_spread([run.final("updates") for run in group]))
-        row.append(_spread([run.final("seconds") for run in group]))
-        row.append(_spread([1000 / max(run.updates_per_second, 1e-9) for run in group]))
+        row.append(spread([run.final("updates") for run in group]))
+        row.append(spread([run.final("seconds") for run in group]))
+        row.append(spread([1000 / max(run.updates_per_second, 1e-9) for run in group]))
         for error in ("train_error", "test_error"):
-            row.append(_spread([run.final(error) for run in group]).replace("never", "diverged"))
+            row.append(spread([run.final(error) for run in group]).replace("never", "diverged"))
         if "sgd" in grouped:
             reached = [run.first_below(target) for run in group]
-            row += [_spread(column) for column in zip(*reached, strict=True)]
+            row += [spread(column) for column in zip(*reached, strict=True)]
         rows.append(row)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
@@ -76,14 +90,27 @@ def _learning_rate(run: Run) -> str:
 def figure(
     problem: Problem, runs: Sequence[Run], batch_size: int, machine: Mapping[str, Any]
 ) -> Figure:
+    """The curves of all optimizers, labeled with their learning rates."""
+    groups = {
+        f"{name}, lr {_learning_rate(group[0])}": group
+        for name, group in _by_optimizer(runs).items()
+    }
+    return curves(groups, problem.name, problem.error_name, batch_size, machine)
+
+
+def curves(
+    groups: Mapping[str, Sequence[Run]],
+    title: str,
+    error_name: str,
+    batch_size: int,
+    machine: Mapping[str, Any],
+) -> Figure:
     """Training error against seconds and against updates: the seeds' median, and their range."""
     drawing = Figure(figsize=(10, 4.2), dpi=150, layout="constrained")
     panels = drawing.subplots(1, 2, sharey=True)
-    grouped = _by_optimizer(runs)
     finals = []
-    for name, group in grouped.items():
-        colour = matplotlib.colormaps["tab20"](list(METHODS).index(name))
-        label = f"{name}, lr {_learning_rate(group[0])}"
+    colours = matplotlib.colormaps["tab10" if len(groups) <= 10 else "tab20"].colors
+    for colour, (label, group) in zip(itertools.cycle(colours), groups.items(), strict=False):
         for panel, axis in zip(panels, ("seconds", "updates"), strict=True):
             positions, errors = _align(group, axis)
             middle = np.median(errors, axis=0)
@@ -91,7 +118,11 @@ def figure(
             panel.fill_between(
                 positions, errors.min(0), errors.max(0), color=colour, alpha=0.2, linewidth=0
             )
-        finals += [run.final("train_error") for run in group if not run.diverged]
+        finals += [
+            run.final("train_error")
+            for run in group
+            if not run.diverged and run.final("train_error") > 0
+        ]
     for panel, axis in zip(panels, ("seconds of training", "updates"), strict=True):
         panel.set_yscale("log")
         panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
@@ -103,11 +134,11 @@ def figure(
         panel.spines[["top", "right"]].set_visible(False)
     if finals:
         panels[0].set_ylim(0.8 * min(finals), 3 * max(finals))
-    panels[0].set_ylabel("training error\n" + problem.error_name, fontsize=9)
+    panels[0].set_ylabel("training error\n" + error_name, fontsize=9)
     panels[1].legend(frameon=False)
-    seeds = len({run.seed for run in runs})
+    seeds = len({run.seed for group in groups.values() for run in group})
     drawing.suptitle(
-        f"{problem.name}: batch {batch_size}, "
+        f"{title}: batch {batch_size}, "
         + (f"median and range of {seeds} seeds\n" if seeds > 1 else "one seed\n")
         + f"{machine['cpu']}, threads: {machine['threads']}, torch {machine['torch']}",
         fontsize=10,
@@ -125,7 +156,7 @@ def _align(runs: Sequence[Run], axis: str) -> tuple[np.ndarray, np.ndarray]:
     positions = np.unique([x for run in runs for x in run.curve[axis] if x <= end])
     rows = []
     for run in runs:
-        errors = np.log(run.curve["train_error"])
+        errors = np.log(np.maximum(run.curve["train_error"], NO_ERROR))
         finite = np.isfinite(errors)
         xs = np.asarray(run.curve[axis])[finite]
         right = np.inf if run.diverged else None
@@ -158,6 +189,6 @@ def write(
         "runs": [{**asdict(run), "updates_per_second": run.updates_per_second} for run in runs],
     }
     text = json.dumps(document, indent=1, default=str)
-    (directory / f"{problem.name}.json").write_text(text + "\n")
+    write_whole(directory / f"{problem.name}.json", text + "\n")
     drawing = figure(problem, runs, arguments["batch_size"], machine)
     drawing.savefig(directory / f"{problem.name}.png")

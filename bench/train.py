@@ -4,8 +4,9 @@
 
 Every method starts from the same parameters and sees the same batches for the same seed, has its
 iterates averaged the same way, and is judged by the averaged parameters. Evaluating does not
-count as training time. Baselines have their learning rate searched, each candidate by a shorter
-run on seed 0. Seeds are the outer loop, so that noise on the machine meets every method alike.
+count as training time. Baselines have their hyperparameters tuned by biased random search, each
+setting by a shorter run on seed 0. Seeds are the outer loop, so that noise on the machine meets
+every method alike.
 """
 
 from __future__ import annotations
@@ -13,8 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +23,14 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from bench.arguments import positive
 from bench.environment import environment
 from bench.methods import METHODS
 from bench.problems import PROBLEMS, Problem, default_data
 from bench.report import table, write
-from bench.training import EVALUATIONS, Budget, Run, evaluate, search, train, trials_of
+from bench.search import at_edge, space_of
+from bench.training import EVALUATIONS, Budget, Run, evaluation_seconds, search, train
 from fused_so.likelihoods import Bernoulli
-
-
-def _positive(kind: type) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not 0 < value < math.inf:
-            raise argparse.ArgumentTypeError(f"must be a positive {kind.__name__}, got {text!r}")
-        return value
-
-    return parse
 
 
 def _optimizer(name: str) -> str:
@@ -60,7 +49,7 @@ def _rate(text: str) -> tuple[str, float]:
     name, equals, value = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"must be OPTIMIZER=RATE, got {text!r}")
-    return _optimizer(name), _positive(float)(value)
+    return _optimizer(name), positive(float)(value)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -80,23 +69,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     length = parser.add_mutually_exclusive_group()
     length.add_argument(
-        "--seconds", type=_positive(float), default=60.0, help="training time a run (default: 60)"
+        "--seconds", type=positive(float), default=60.0, help="training time a run (default: 60)"
     )
     length.add_argument(
-        "--updates", type=_positive(int), help="updates a run, for results that need no clock"
+        "--updates", type=positive(int), help="updates a run, for results that need no clock"
     )
-    add("--seeds", type=_positive(int), default=3, help="runs an optimizer (default: 3)")
-    add("--batch-size", type=_positive(int), default=256, help="for all methods (default: 256)")
+    add("--seeds", type=positive(int), default=3, help="runs an optimizer (default: 3)")
+    add("--batch-size", type=positive(int), default=256, help="for all methods (default: 256)")
     add(
         "--search-seconds",
-        type=_positive(float),
-        help="training time a candidate of a search (default: a quarter of a run)",
+        type=positive(float),
+        help="training time a trial of a search (default: a quarter of a run)",
     )
+    add("--trials", type=positive(int), default=8, help="settings a search tries (default: 8)")
     add(
         "--tune",
         choices=("baselines", "all"),
         default="baselines",
-        help="whose learning rate to search (default: baselines; the others use their defaults)",
+        help="whose hyperparameters to search (default: baselines; the others use their defaults)",
     )
     add(
         "--lr",
@@ -113,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="where files of mnist, faces, cifar are, and curves are kept (default: %(default)s)",
     )
-    add("--threads", type=_positive(int), help="torch.set_num_threads (default: torch's own)")
+    add("--threads", type=positive(int), help="torch.set_num_threads (default: torch's own)")
     add("--out", type=Path, default=Path("results"), help="folder for the files (default: results)")
     return parser
 
@@ -149,7 +139,7 @@ def _to_search(arguments: argparse.Namespace) -> list[str]:
 
 
 def _budgets(arguments: argparse.Namespace) -> tuple[Budget, Budget]:
-    """What a run and what a candidate of a search may spend."""
+    """What a run and what a trial of a search may spend."""
     if arguments.updates:
         return (
             Budget(arguments.updates, "updates"),
@@ -167,11 +157,7 @@ def _announce(
     """Say how long everything will take: budgets, and evaluations as one timed here takes."""
     plan = f"{problem.name}: {trials} search runs of {trial} and {runs} runs of {budget}"
     if budget.unit == "seconds":
-        model = problem.build(0)
-        evaluate(problem, model)
-        start = time.perf_counter()
-        evaluate(problem, model)
-        evaluation = time.perf_counter() - start
+        evaluation = evaluation_seconds(problem)
         total = trials * (trial.amount + 2 * evaluation)
         total += runs * (budget.amount + (EVALUATIONS + 1) * evaluation)
         plan += f", about {total / 60:.1f} minutes in all"
@@ -183,17 +169,22 @@ def _announce(
         )
 
 
-def _report_search(optimizer: str, tried: Sequence[Mapping[str, float]], trial: Budget) -> None:
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _report_search(optimizer: str, tried: Sequence[Mapping[str, Any]], trial: Budget) -> None:
     """Print what a search found, and whether a wider one might have found better."""
     listed = ", ".join(
         " ".join(
-            f"{'error' if key == 'train_error' else key} {value:.4g}" for key, value in one.items()
+            f"{'error' if key == 'train_error' else key} {_short(value)}"
+            for key, value in one.items()
         )
         for one in tried
     )
     print(f"{optimizer}, after {trial}: {listed}")
-    for name, values in METHODS[optimizer].candidates.items():
-        if tried[0][name] in (min(values), max(values)):
+    for name, distribution in space_of(METHODS[optimizer]).items():
+        if at_edge(distribution, tried[0][name]):
             print(f"{optimizer}: the best {name}, {tried[0][name]:g}, is at the edge of the search")
 
 
@@ -219,10 +210,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     to_search = _to_search(arguments)
     machine = environment()
     count = arguments.seeds * len(arguments.optimizers)
-    trials = sum(trials_of(name) for name in to_search)
+    trials = arguments.trials * len(to_search)
     _announce(problem, count, budget, trials, trial, machine["load_average"])
 
-    searches: dict[str, list[dict[str, float]]] = {}
+    searches: dict[str, list[dict[str, Any]]] = {}
     runs: list[Run] = []
     interrupted = False
     total = count * budget.amount + trials * trial.amount
@@ -237,7 +228,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         try:
             for name in to_search:
-                searches[name] = search(name, problem, trial, arguments.batch_size, advance)
+                searches[name] = search(
+                    name, problem, trial, arguments.batch_size, arguments.trials, advance
+                )
                 chosen[name] = {
                     key: value for key, value in searches[name][0].items() if key != "train_error"
                 }

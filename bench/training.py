@@ -1,4 +1,4 @@
-"""One optimizer trained under a budget, and the search for its learning rate."""
+"""One optimizer trained under a budget, and the search for its hyperparameters."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from bench.methods import METHODS
 from bench.problems import Examples, Problem
+from bench.search import BiasedRandomSampler, space_of
 
 AVERAGING_DECAY = 0.99
 EVALUATIONS = 30
@@ -43,7 +44,7 @@ class Run:
 
     optimizer: str
     seed: int
-    hyperparameters: dict[str, float]
+    hyperparameters: dict[str, Any]
     settings: dict[str, Any] = field(default_factory=dict)
     diverged: bool = False
     curve: dict[str, list[float]] = field(
@@ -164,30 +165,35 @@ def _backward(
     return loss
 
 
+def new_study(seed: int = 0) -> optuna.Study:
+    """An empty search for hyperparameters: biased random search, the same for every method."""
+    return optuna.create_study(sampler=BiasedRandomSampler(seed))
+
+
 def search(
     optimizer: str,
     problem: Problem,
     budget: Budget,
     batch_size: int,
+    trials: int,
     advance: Callable[[float, Run], object],
-) -> list[dict[str, float]]:
-    """Train every candidate on seed 0; the final training errors, best first, inf if diverged."""
-    candidates = METHODS[optimizer].candidates
-    tried: list[dict[str, float]] = []
-
-    def objective(trial: optuna.Trial) -> float:
-        chosen = {
-            name: trial.suggest_categorical(name, values) for name, values in candidates.items()
-        }
-        run = Run(optimizer, 0, chosen)
+) -> list[dict[str, Any]]:
+    """Train `trials` settings on seed 0; the final training errors, best first, inf if diverged."""
+    study, space = new_study(), dict(space_of(METHODS[optimizer]))
+    tried: list[dict[str, Any]] = []
+    for _ in range(trials):
+        trial = study.ask(space)
+        run = Run(optimizer, 0, trial.params)
         train(run, problem, budget, batch_size, evaluations=1, advance=advance)
-        tried.append({**chosen, "train_error": run.final("train_error")})
-        return tried[-1]["train_error"]
-
-    study = optuna.create_study(sampler=optuna.samplers.GridSampler(candidates, seed=0))
-    study.optimize(objective, n_trials=trials_of(optimizer))
-    return sorted(tried, key=lambda trial: trial["train_error"])
+        study.tell(trial, run.final("train_error"))
+        tried.append({**trial.params, "train_error": run.final("train_error")})
+    return sorted(tried, key=lambda one: one["train_error"])
 
 
-def trials_of(optimizer: str) -> int:
-    return math.prod(len(values) for values in METHODS[optimizer].candidates.values())
+def evaluation_seconds(problem: Problem) -> float:
+    """How long one evaluation takes here."""
+    model = problem.build(0)
+    evaluate(problem, model)
+    start = time.perf_counter()
+    evaluate(problem, model)
+    return time.perf_counter() - start

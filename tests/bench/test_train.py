@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from optuna.distributions import CategoricalDistribution, FloatDistribution
 
 from bench import methods, training
 from bench import train as program
@@ -120,23 +121,46 @@ def test_a_run_where_everything_diverges_still_reports(tmp_path, capsys):
     )
 
 
-def test_search_tries_every_candidate_and_sorts_them(digits, monkeypatch):
-    monkeypatch.setitem(
-        METHODS, "sgd", replace(METHODS["sgd"], candidates={"lr": (1e-5, 1e-2, 1e38)})
-    )
-    tried = program.search("sgd", digits, Budget(20, "updates"), 128, lambda amount, run: None)
-    assert [trial["lr"] for trial in tried] == [1e-2, 1e-5, 1e38]
-    assert tried[-1]["train_error"] == math.inf
+@pytest.fixture
+def few_rates(monkeypatch):
+    """SGD draws from rates that learn little, well and not at all."""
+    space = {"lr": CategoricalDistribution([1e-5, 1e-2, 1e38])}
+    monkeypatch.setattr(training, "space_of", lambda method: space)
+    monkeypatch.setattr(program, "space_of", lambda method: space)
 
 
-def test_the_found_rate_is_used(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(METHODS, "sgd", replace(METHODS["sgd"], candidates={"lr": (1e-5, 1e-2)}))
+def test_search_tries_what_it_may_and_sorts_it(digits, few_rates):
+    silent = lambda amount, run: None  # noqa: E731
+    tried = program.search("sgd", digits, Budget(20, "updates"), 128, 8, silent)
+    assert len(tried) == 8
+    assert {trial["lr"] for trial in tried} == {1e-2, 1e-5, 1e38}
+    errors = [trial["train_error"] for trial in tried]
+    assert errors == sorted(errors)
+    assert tried[0]["lr"] == 1e-2
+    assert tried[-1] == {"lr": 1e38, "train_error": math.inf}
+    again = program.search("sgd", digits, Budget(20, "updates"), 128, 8, silent)
+    assert again == tried
+
+
+def test_the_found_rate_is_used(tmp_path, few_rates):
     arguments = ["--problem", "digits", "--optimizers", "sgd", "--updates", "20", "--seeds", "1"]
-    assert program.main([*arguments, "--out", str(tmp_path)]) == 0
+    assert program.main([*arguments, "--trials", "6", "--out", str(tmp_path)]) == 0
     document = json.loads((tmp_path / "digits.json").read_text())
     assert document["runs"][0]["hyperparameters"] == {"lr": 1e-2}
-    assert [trial["lr"] for trial in document["searches"]["sgd"]] == [1e-2, 1e-5]
-    assert "at the edge of the search" in capsys.readouterr().out
+    assert len(document["searches"]["sgd"]) == 6
+
+
+def test_the_edge_of_a_search_is_named(capsys, monkeypatch):
+    monkeypatch.setattr(
+        program, "space_of", lambda method: {"lr": FloatDistribution(1e-3, 1, log=True)}
+    )
+    tried = [{"lr": 1.1e-3, "kind": "a", "train_error": 2.0}]
+    program._report_search("sgd", tried, Budget(1, "seconds"))
+    printed = capsys.readouterr().out
+    assert "sgd, after 1 s: lr 0.0011 kind a error 2" in printed
+    assert "sgd: the best lr, 0.0011, is at the edge of the search" in printed
+    program._report_search("sgd", [{**tried[0], "lr": 0.1}], Budget(1, "seconds"))
+    assert "edge" not in capsys.readouterr().out
 
 
 def test_interruption_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
@@ -182,6 +206,7 @@ def test_table_counts_to_the_best_of_sgd():
         (["--updates", "1.5"], "argument --updates: must be a positive int, got '1.5'"),
         (["--updates", "5", "--seconds", "5"], "argument --seconds: not allowed with argument"),
         (["--updates", "5", "--search-seconds", "5"], "argument --search-seconds: not allowed"),
+        (["--trials", "0"], "argument --trials: must be a positive int, got '0'"),
         (["--seeds", "-1"], "argument --seeds: must be a positive int, got '-1'"),
         (["--batch-size", "x"], "argument --batch-size: must be a positive int, got 'x'"),
         (["--batch-size", "5000"], "argument --batch-size: digits has only 1500 training"),

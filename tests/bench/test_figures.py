@@ -1,0 +1,150 @@
+"""Figures and README's table, from files whose numbers are known."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from bench import figures as program
+from bench.evidence import Plan
+from bench.report import curves
+from bench.training import Budget, Run
+
+ROOT = Path(__file__).parents[2]
+MACHINE = {"cpu": "a cpu", "threads": 2, "torch": "2.13"}
+SETTINGS = {"adam": {"lr": 0.0012345}, "acp": {"lr": 0.5}, "cgd": {"lr": 0.1}, "sgd": {"lr": 0.2}}
+
+
+@pytest.fixture
+def evidence(tmp_path):
+    """One problem; a run is at the errors given after 1, 2, ... seconds and 10, 20, ... updates."""
+    plan = Plan(Budget(1, "seconds"), Budget(3, "seconds"), {"adam": Budget(4, "seconds")})
+    errors = {
+        ("adam", "tuned"): [[8, 6, 5], [8, 6, 4.5], [8, 7, 5.5]],
+        ("adam", "longer"): [[8, 6, 5, 4], [8, 6, 5, 3], [8, 6, 5, 2]],
+        ("acp", "tuned"): [[3, 2, 1.5], [4, 3, 1.2], [4, 2, 1]],
+        ("acp", "default"): [[4, 4, 3], [4, 4, 3.5], [4, 3.1, 2]],
+        ("cgd", "tuned"): [[8, 7, 6], [8, 7, 6], [8, 7]],
+        ("sgd", "tuned"): [[8, 7, 6.5], [8, 7, 6.5], [8, 7, 6.5]],
+    }
+    index = {method: {"hyperparameters": setting} for method, setting in SETTINGS.items()}
+    for (method, role), seeds in errors.items():
+        for seed, values in enumerate(seeds):
+            run = Run(method, seed, SETTINGS[method] if role != "default" else {})
+            for step, error in enumerate([20, *values]):
+                run.record(
+                    seconds=float(step), updates=10 * step, train_error=error, test_error=error
+                )
+            run.diverged = len(values) == 2
+            file = tmp_path / "digits" / method / f"{role}-{seed}.json"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            document = {"run": asdict(run), "machine": MACHINE, "error_name": "squared error"}
+            file.write_text(json.dumps(document))
+            index[method].setdefault(role, []).append(file.name)
+    whole = {"problem": "digits", "plan": asdict(plan), "methods": index}
+    (tmp_path / "digits" / "index.json").write_text(json.dumps(whole))
+    return tmp_path
+
+
+def test_the_table_says_what_the_files_say(evidence):
+    (results,) = program.read(evidence)
+    assert program.target(results) == (3, "tuned Adam's after 4 s")
+    text, _, header, rule, *rows = program.table(results).splitlines()
+    assert text == (
+        "`digits`, squared error: the target is tuned Adam's after 4 s, 3 (8 trials of 1 s a "
+        "method, runs of 3 s, batch 256, medians [ranges] over seeds; a cpu, 2 threads, "
+        "torch 2.13):"
+    )
+    assert "training error after 3 s" in header
+    assert rule.count("---") == header.count("|") - 1 == 7
+    assert rows == [
+        "| `acp` | lr 0.5 | 1.2 [1, 1.5] | 2 [1, 2] | 20 [10, 20] | 3 [2, 3.5] | 3 [3, never] |",
+        "| `adam` | lr 0.0012 | 5 [4.5, 5.5] | never [never, never] | never [never, never] |  |  |",
+        "| `cgd` | lr 0.1 | 6 [6, diverged] | never [never, never] | never [never, never] |  |  |",
+        "| `sgd` | lr 0.2 | 6.5 [6.5, 6.5] | never [never, never] | never [never, never] |  |  |",
+    ]
+
+
+def test_without_adam_the_slowest_method_sets_the_target(evidence):
+    file = evidence / "digits" / "index.json"
+    index = json.loads(file.read_text())
+    del index["methods"]["adam"]["longer"]
+    file.write_text(json.dumps(index))
+    assert program.target(program.read(evidence)[0]) == (5, "tuned Adam's after 3 s")
+    del index["methods"]["adam"]
+    file.write_text(json.dumps(index))
+    assert program.target(program.read(evidence)[0]) == (6.5, "tuned sgd's after 3 s")
+
+
+def test_figures_name_their_files(evidence, capsys):
+    assert program.main(["--evidence", str(evidence)]) == 0
+    folder = evidence / "digits"
+    # ubp and kfac have fewer than two methods here.
+    assert {file.stem for file in folder.glob("*.png")} == {"centering", "all", "published"}
+    assert (folder / "centering.png").read_bytes().startswith(b"\x89PNG")
+    document = json.loads((folder / "centering.json").read_text())
+    assert document["left_out"] == ["mean_only_bn"]
+    assert document["files"] == {
+        "sgd, lr 0.2": [f"sgd/tuned-{seed}.json" for seed in range(3)],
+        "cgd, lr 0.1": [f"cgd/tuned-{seed}.json" for seed in range(3)],
+    }
+    for files in document["files"].values():
+        assert all((folder / file).is_file() for file in files)
+    assert program.BEGIN in capsys.readouterr().out
+
+
+def test_an_error_of_zero_is_drawn_below_all_others():
+    run = Run("sgd", 0, {})
+    for step, error in enumerate((4.0, 2.0, 0.0)):
+        run.record(seconds=float(step), updates=step, train_error=error, test_error=error)
+    drawing = curves({"sgd": [run]}, "title", "error rate (%)", 128, MACHINE)
+    line = drawing.axes[0].lines[0]
+    assert line.get_ydata() == pytest.approx([4.0, 2.0, 1e-9])
+    run.curve["train_error"][2] = 1.0
+    limits = curves({"sgd": [run]}, "title", "error", 128, MACHINE).axes[0].get_ylim()
+    assert limits == pytest.approx((0.8, 3.0))
+
+
+def test_the_block_is_replaced_and_nothing_else(evidence, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n\n{program.BEGIN}\nold\n{program.END}\n\nafter\n")
+    arguments = ["--evidence", str(evidence), "--readme", str(readme)]
+    assert program.main(arguments) == 0
+    text = readme.read_text()
+    assert text == f"before\n\n{program.block(evidence)}\n\nafter\n"
+    assert "old" not in text
+    assert program.main(arguments) == 0
+    assert readme.read_text() == text
+
+
+def test_readme_says_what_the_committed_files_say():
+    text = (ROOT / "README.md").read_text()
+    assert program.with_block(text, program.block(ROOT / "bench/results/evidence")) == text
+
+
+@pytest.mark.parametrize(
+    "text", ["", program.BEGIN, program.END + program.BEGIN, 2 * (program.BEGIN + program.END)]
+)
+def test_a_readme_without_the_comments_is_refused(text):
+    with pytest.raises(ValueError, match="README must have the line"):
+        program.with_block(text, "new")
+
+
+def test_bad_arguments_are_named(evidence, tmp_path, capsys):
+    for arguments, message in (
+        (["--evidence", str(tmp_path / "none")], "argument --evidence: no finished runs in"),
+        (["--evidence", str(evidence), "--readme", str(tmp_path / "none")], "argument --readme:"),
+    ):
+        with pytest.raises(SystemExit):
+            program.main(arguments)
+        assert message in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_a_search_without_runs_is_no_result(tmp_path):
+    (tmp_path / "digits").mkdir()
+    index = {"problem": "digits", "plan": {}, "methods": {"sgd": {"trial": ["trial00.json"]}}}
+    (tmp_path / "digits" / "index.json").write_text(json.dumps(index))
+    assert program.read(tmp_path) == []
