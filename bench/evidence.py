@@ -31,7 +31,6 @@ from bench.environment import environment
 from bench.methods import METHODS
 from bench.problems import PROBLEMS, Problem, default_data
 from bench.report import write_whole
-from bench.search import space_of
 from bench.training import EVALUATIONS, Budget, Run, evaluation_seconds, new_study, train
 
 SEARCH_SEED = 1000
@@ -187,7 +186,7 @@ def gather(
         studies = {method: new_study() for method in methods}
         for number in range(plan.trials):
             for method, study in studies.items():
-                trial = study.ask(dict(space_of(METHODS[method])))
+                trial = study.ask(dict(METHODS[method].space))
                 run = piece(method, f"trial{number:02d}", trial.params, SEARCH_SEED, plan.trial)
                 study.tell(trial, result_of(run))
         for method, study in studies.items():
@@ -228,7 +227,7 @@ def usable(methods: Sequence[str], problem: Problem, batch_size: int) -> list[st
     """The methods that take a step on this problem; why the others do not is printed."""
     found = []
     for method in methods:
-        low = {key: getattr(one, "low", None) for key, one in space_of(METHODS[method]).items()}
+        low = {key: getattr(one, "low", None) for key, one in METHODS[method].space.items()}
         setting = {"lr": low["lr"]} if low.get("lr") else {}
         try:
             train(Run(method, 0, setting), problem, Budget(1, "updates"), batch_size, evaluations=1)

@@ -11,12 +11,11 @@ from __future__ import annotations
 import importlib
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from optuna.distributions import BaseDistribution, FloatDistribution
 from torch import nn
@@ -34,13 +33,12 @@ class Method:
     """How to build an optimizer, which values to search, and whether to search them unasked.
 
     `build` takes the model, the likelihood of its outputs and options. `space` is the range of each
-    hyperparameter that a search draws; `candidates` are the learning rates of a search on a grid.
+    hyperparameter that a search draws.
     `adapt` takes the problem's model and gives the one to train, before it is copied or hooked.
     """
 
     build: Callable[..., torch.optim.Optimizer]
     space: Mapping[str, BaseDistribution]
-    candidates: Mapping[str, Sequence[float]]
     searched: bool = False
     adapt: Callable[[nn.Module], nn.Module] = unchanged
 
@@ -122,11 +120,7 @@ def _method(
     adapt: Callable[[nn.Module], nn.Module] = unchanged,
     **space: BaseDistribution,
 ) -> Method:
-    """On a grid, two learning rates a decade, to two digits."""
-    first, last = np.log10(space["lr"].low), np.log10(space["lr"].high)
-    rates = 10.0 ** np.arange(first, last + 0.1, 0.5)
-    rates = {"lr": tuple(float(f"{rate:.2g}") for rate in rates)}
-    return Method(build, space, rates, searched, adapt)
+    return Method(build, space, searched, adapt)
 
 
 def _log(low: float, high: float) -> FloatDistribution:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,6 @@ from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.search_space import intersection_search_space
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
-
-from bench.methods import Method
 
 
 class BiasedRandomSampler(optuna.samplers.BaseSampler):
@@ -98,17 +96,6 @@ def acceptance(costs: Sequence[float]) -> np.ndarray:
     if worst == best:
         return finite.astype(float)
     return np.where(finite, (worst - np.where(finite, costs, worst)) / (worst - best), 0.0)
-
-
-def space_of(method: Method) -> Mapping[str, BaseDistribution]:
-    """The ranges that a search of this method draws from."""
-    space = getattr(method, "space", None)
-    if space is not None:
-        return space
-    return {
-        name: FloatDistribution(min(values), max(values), log=True)
-        for name, values in method.candidates.items()
-    }
 
 
 def at_edge(distribution: BaseDistribution, value: Any) -> bool:

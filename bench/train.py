@@ -28,7 +28,7 @@ from bench.environment import environment
 from bench.methods import METHODS
 from bench.problems import PROBLEMS, Problem, default_data
 from bench.report import table, write
-from bench.search import at_edge, space_of
+from bench.search import at_edge
 from bench.training import EVALUATIONS, Budget, Run, evaluation_seconds, search, train
 from fused_so.likelihoods import Bernoulli
 
@@ -183,7 +183,7 @@ def _report_search(optimizer: str, tried: Sequence[Mapping[str, Any]], trial: Bu
         for one in tried
     )
     print(f"{optimizer}, after {trial}: {listed}")
-    for name, distribution in space_of(METHODS[optimizer]).items():
+    for name, distribution in METHODS[optimizer].space.items():
         if at_edge(distribution, tried[0][name]):
             print(f"{optimizer}: the best {name}, {tried[0][name]:g}, is at the edge of the search")
 

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from bench.methods import METHODS
 from bench.problems import Examples, Problem
-from bench.search import BiasedRandomSampler, space_of
+from bench.search import BiasedRandomSampler
 
 AVERAGING_DECAY = 0.99
 EVALUATIONS = 30
@@ -179,7 +179,7 @@ def search(
     advance: Callable[[float, Run], object],
 ) -> list[dict[str, Any]]:
     """Train `trials` settings on seed 0; the final training errors, best first, inf if diverged."""
-    study, space = new_study(), dict(space_of(METHODS[optimizer]))
+    study, space = new_study(), dict(METHODS[optimizer].space)
     tried: list[dict[str, Any]] = []
     for _ in range(trials):
         trial = study.ask(space)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from types import SimpleNamespace
 
 import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
 
-from bench.search import BiasedRandomSampler, acceptance, at_edge, space_of
+from bench.search import BiasedRandomSampler, acceptance, at_edge
 
 DRAWS = 4000
 LR = FloatDistribution(1e-4, 1.0, log=True)
@@ -186,13 +185,6 @@ def test_bad_seeds_and_several_objectives_are_refused():
     study = optuna.create_study(directions=["minimize"] * 2, sampler=BiasedRandomSampler(0))
     with pytest.raises(ValueError, match="multi-objective.*BiasedRandomSampler"):
         study.ask({"m": MOMENTUM})
-
-
-def test_the_space_of_a_method():
-    with_space = SimpleNamespace(space={"m": MOMENTUM})
-    assert space_of(with_space) == {"m": MOMENTUM}
-    with_candidates = SimpleNamespace(candidates={"lr": (1e-2, 1e-3, 1e-1)})
-    assert space_of(with_candidates) == {"lr": FloatDistribution(1e-3, 1e-1, log=True)}
 
 
 def test_the_edges_of_a_range():

@@ -121,12 +121,15 @@ def test_a_run_where_everything_diverges_still_reports(tmp_path, capsys):
     )
 
 
+def _search_in(monkeypatch, space):
+    monkeypatch.setitem(METHODS, "sgd", replace(METHODS["sgd"], space=space))
+
+
 @pytest.fixture
 def few_rates(monkeypatch):
     """SGD draws from rates that learn little, well and not at all."""
     space = {"lr": CategoricalDistribution([1e-5, 1e-2, 1e38])}
-    monkeypatch.setattr(training, "space_of", lambda method: space)
-    monkeypatch.setattr(program, "space_of", lambda method: space)
+    _search_in(monkeypatch, space)
 
 
 def test_search_tries_what_it_may_and_sorts_it(digits, few_rates):
@@ -151,9 +154,7 @@ def test_the_found_rate_is_used(tmp_path, few_rates):
 
 
 def test_the_edge_of_a_search_is_named(capsys, monkeypatch):
-    monkeypatch.setattr(
-        program, "space_of", lambda method: {"lr": FloatDistribution(1e-3, 1, log=True)}
-    )
+    _search_in(monkeypatch, {"lr": FloatDistribution(1e-3, 1, log=True)})
     tried = [{"lr": 1.1e-3, "kind": "a", "train_error": 2.0}]
     program._report_search("sgd", tried, Budget(1, "seconds"))
     printed = capsys.readouterr().out
