@@ -29,6 +29,10 @@ def _sgd(model: nn.Module, _: Any, **options: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), momentum=0.9, nesterov=True, **options)
 
 
+def _sgd_plain(model: nn.Module, _: Any, **options: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), **options)
+
+
 def _adam(model: nn.Module, _: Any, **options: Any) -> torch.optim.Optimizer:
     return torch.optim.Adam(model.parameters(), **options)
 
@@ -50,7 +54,7 @@ def _decades(first: float, last: float) -> tuple[float, ...]:
 
 
 METHODS: dict[str, Method] = {
-    "sgd": Method(_sgd, {"lr": _decades(-3.5, -1)}, searched=True),
+    "sgd": Method(_sgd, {"lr": _decades(-3.5, -0.5)}, searched=True),
     "adam": Method(_adam, {"lr": _decades(-4, -1.5)}, searched=True),
     "cgd": Method(_fused_so("CGD"), {"lr": _decades(-3.5, -1)}, searched=False),
     "nnn": Method(_fused_so("NNN"), {"lr": _decades(-2.5, 0)}, searched=False),
@@ -62,7 +66,14 @@ METHODS: dict[str, Method] = {
         {"lr": _decades(-2.5, 0)},
         searched=False,
     ),
-    "ubp": Method(_fused_so("UBP", likelihood=True), {"lr": _decades(-3.5, -1)}, searched=True),
+    "ubp": Method(_fused_so("UBP", likelihood=True), {"lr": _decades(-3.5, -0.5)}, searched=True),
+    # Without momentum, as Algorithm 2 of George 2017; a longer correction does no harm then.
+    "sgd_plain": Method(_sgd_plain, {"lr": _decades(-2.5, 0.5)}, searched=True),
+    "ubp_plain": Method(
+        _fused_so("UBP", likelihood=True, momentum=0.0, max_correction=0.5),
+        {"lr": _decades(-2.5, 0.5)},
+        searched=True,
+    ),
     "natural_gradient": Method(
         _fused_so("NaturalGradient", likelihood=True), {"lr": _decades(-1.5, 0)}, searched=False
     ),

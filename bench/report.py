@@ -82,7 +82,7 @@ def figure(
     grouped = _by_optimizer(runs)
     finals = []
     for name, group in grouped.items():
-        colour = matplotlib.colormaps["tab10"](list(METHODS).index(name))
+        colour = matplotlib.colormaps["tab20"](list(METHODS).index(name))
         label = f"{name}, lr {_learning_rate(group[0])}"
         for panel, axis in zip(panels, ("seconds", "updates"), strict=True):
             positions, errors = _align(group, axis)

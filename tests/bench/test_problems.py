@@ -24,6 +24,7 @@ from bench.problems import (
 SIZES = {
     "curves": (20_000, 10_000, 784),
     "digits": (1500, 297, 64),
+    "digits_classifier": (1500, 297, 64),
     "mnist": (300, 200, 784),
 }
 
@@ -58,7 +59,10 @@ def test_shapes_and_ranges(problem):
         assert examples.inputs.dtype == torch.float32
         assert examples.inputs.min() == 0
         assert examples.inputs.max() == 1
-        assert examples.targets is examples.inputs
+        if problem.name == "digits_classifier":
+            assert sorted(examples.targets.unique().tolist()) == list(range(10))
+        else:
+            assert examples.targets is examples.inputs
 
 
 def test_no_denormal_pixels(problem):
@@ -75,9 +79,12 @@ def test_train_and_test_are_different_images(problem):
 def test_initial_loss_and_error_are_finite(problem):
     batch = problem.train.take(slice(32))
     outputs = problem.build(0)(batch.inputs)
-    assert outputs.shape == batch.targets.shape
+    expected = (32, 10) if problem.name == "digits_classifier" else batch.targets.shape
+    assert outputs.shape == expected
     assert torch.isfinite(problem.loss(outputs, batch.targets))
     assert torch.isfinite(problem.error(outputs, batch.targets))
+    value = problem.likelihood.value(outputs, batch.targets)
+    torch.testing.assert_close(problem.loss(outputs, batch.targets), value)
 
 
 def test_parameters_depend_on_the_seed_alone(problem):
@@ -91,6 +98,14 @@ def test_parameters_depend_on_the_seed_alone(problem):
 def test_digits_are_the_same_every_time():
     first, again = (PROBLEMS["digits"](None) for _ in range(2))
     assert torch.equal(first.train.inputs, again.train.inputs)
+
+
+def test_digits_keep_their_labels():
+    from sklearn.datasets import load_digits
+
+    problem, digits = PROBLEMS["digits_classifier"](None), load_digits()
+    match = torch.cdist(problem.test.inputs, torch.from_numpy(digits.data / 16).float()).argmin(1)
+    assert torch.equal(problem.test.targets, torch.from_numpy(digits.target)[match])
 
 
 def test_curves_are_drawn_once_and_kept(tmp_path, monkeypatch):
