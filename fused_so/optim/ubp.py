@@ -79,8 +79,7 @@ class UBP(ModelOptimizer):
             shortened. Corrections are multiplied by H at every layer and may explode on the way
             down (section 5.5). None for no bound.
         momentum: of the updates, in [0, 1].
-        nesterov: take the look-ahead form of momentum. Without it corrections help less: they
-            are of the size of the buffers' moves then, and so undo part of what damps them.
+        nesterov: take the look-ahead form of momentum.
         weight_decay: >= 0, added to the update times the parameter.
         grad_scaler: the torch.amp.GradScaler in use, if any: the signals are seen before they are
             unscaled. Without it corrections are lost.
