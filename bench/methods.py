@@ -47,6 +47,10 @@ def _sgd(model: nn.Module, _: Any, **options: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), momentum=0.9, nesterov=True, **options)
 
 
+def _sgd_plain(model: nn.Module, _: Any, **options: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), **options)
+
+
 def sutskever_momentum(update: int, momentum_max: float) -> float:
     """The momentum of update 0, 1, ... by Sutskever et al. (2013), equation 5."""
     # mu_t = min(1 - 2^(-1 - log2(floor(t / 250) + 1)), mu_max)
@@ -130,7 +134,7 @@ def _log(low: float, high: float) -> FloatDistribution:
 _RELATIVE_DAMPING = _log(1e-3, 3.2)
 
 METHODS: dict[str, Method] = {
-    "sgd": _method(_sgd, searched=True, lr=_log(3.2e-4, 1e-1)),
+    "sgd": _method(_sgd, searched=True, lr=_log(3.2e-4, 3.2e-1)),
     "adam": _method(_adam, searched=True, lr=_log(1e-4, 3.2e-2)),
     "cgd": _method(_fused_so("CGD"), lr=_log(3.2e-4, 1e-1)),
     "nnn": _method(_fused_so("NNN"), lr=_log(3.2e-3, 1), relative_damping=_RELATIVE_DAMPING),
@@ -150,7 +154,14 @@ METHODS: dict[str, Method] = {
         lr=_log(3.2e-3, 1),
         relative_damping=_RELATIVE_DAMPING,
     ),
-    "ubp": _method(_fused_so("UBP", likelihood=True), searched=True, lr=_log(3.2e-4, 1e-1)),
+    "ubp": _method(_fused_so("UBP", likelihood=True), searched=True, lr=_log(3.2e-4, 3.2e-1)),
+    # Without momentum, as Algorithm 2 of George 2017; a longer correction does no harm then.
+    "sgd_plain": _method(_sgd_plain, searched=True, lr=_log(3.2e-3, 3.2)),
+    "ubp_plain": _method(
+        _fused_so("UBP", likelihood=True, momentum=0.0, max_correction=0.5),
+        searched=True,
+        lr=_log(3.2e-3, 3.2),
+    ),
     "natural_gradient": _method(
         _fused_so("NaturalGradient", likelihood=True), lr=_log(3.2e-2, 1), damping=_log(1e-3, 10)
     ),

@@ -222,10 +222,12 @@ def digits(data: Path) -> Problem:
 
 
 def digits_classifier(data: Path) -> Problem:
-    """The same digits and their classes; 8 hidden layers of 100."""
+    """The classes of the same digits: eight tanh layers of 30, the depth of George 2017, 4.1.2."""
     examples = _digits()
     train, test = examples.take(slice(1500)), examples.take(slice(1500, None))
-    return _classifying("digits_classifier", train, test)
+    # The training error rate of all methods is soon 0.
+    name = "cross-entropy (nats, mean over images)"
+    return _classifying("digits_classifier", train, test, 30, F.cross_entropy, name)
 
 
 def mnist(data: Path) -> Problem:
@@ -295,16 +297,23 @@ def cifar(data: Path) -> Problem:
     return _classifying("cifar", examples.take(slice(-tested)), examples.take(slice(-tested, None)))
 
 
-def _classifying(name: str, train: Examples, test: Examples) -> Problem:
-    widths = (train.inputs.shape[1], *[100] * 8, 10)
+def _classifying(
+    name: str,
+    train: Examples,
+    test: Examples,
+    width: int = 100,
+    error: Callable[[Tensor, Tensor], Tensor] = error_rate,
+    error_name: str = "error rate (%)",
+) -> Problem:
+    widths = (train.inputs.shape[1], *[width] * 8, 10)
     return Problem(
         name=name,
         train=train,
         test=test,
         build=lambda seed: classifier(widths, seed),
         loss=F.cross_entropy,
-        error=error_rate,
-        error_name="error rate (%)",
+        error=error,
+        error_name=error_name,
         likelihood=Categorical(),
     )
 

@@ -1,4 +1,4 @@
-"""No op takes more memory than its results and 8 MiB."""
+"""No op takes more memory than its results and 8 MiB; a step of UBP, at most twice that of SGD."""
 
 import subprocess
 import sys
@@ -95,3 +95,52 @@ def test_an_op_takes_its_results_and_8_mebibytes(name):
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert int(run.stdout) <= 8 * MEBI
+
+
+OPTIMIZERS = {
+    "sgd": "torch.optim.SGD(model.parameters(), 1e-4, momentum=0.9)",
+    "ubp": "fused_so.UBP(model, 1e-4, likelihood=loss, mode='matrix_free')",
+}
+STEPS = """
+import itertools
+import torch
+import fused_so
+from torch import nn
+
+def resident(key):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) << 10 for line in status if line.startswith(key))
+
+def train(widths, n):
+    layers = []
+    for pair in itertools.pairwise(widths):
+        layers += [nn.Linear(*pair), nn.Tanh()]
+    model, x, loss = nn.Sequential(*layers[:-1]), torch.rand(n, widths[0]), nn.BCEWithLogitsLoss()
+    optimizer = {optimizer}
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss(model(x), x).backward()
+        optimizer.step()
+
+torch.set_num_threads(2)
+train((40, 30, 40), 50)  # imports what is imported late
+with open("/proc/self/clear_refs", "w") as clear:
+    clear.write("5")
+before = resident("VmRSS")
+train((784, 1000, 500, 250, 30, 250, 500, 1000, 784), {batch})
+print(resident("VmHWM") - before)
+"""
+
+
+@needs_kernel
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("batch", [128, 1024])
+def test_matrix_free_ubp_takes_at_most_twice_the_memory_of_sgd(batch):
+    """Everything counted: parameters, momentum, gradients, rows and what the products need."""
+    peak = {}
+    for name, optimizer in OPTIMIZERS.items():
+        script = STEPS.format(optimizer=optimizer, batch=batch)
+        run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        peak[name] = int(run.stdout)
+    assert peak["sgd"] < peak["ubp"] <= 2 * peak["sgd"], peak

@@ -8,12 +8,15 @@ with J^T J = H that are carried down.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fused_so import ops
+from fused_so._dtypes import accumulate
+from fused_so.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 
 
 class Linearized(NamedTuple):
@@ -114,6 +117,41 @@ class CarriedRows:
             rows = rows if layer.slope is None else rows.mul_(layer.slope)
             rows = rows if error is None else rows.add_(error)
         return None if rows is None else rows @ layer.weight
+
+
+def at_outputs(
+    likelihood: Likelihood,
+    outputs: Tensor,
+    signal: Tensor,
+    mode: str,
+    sketch_size: int,
+    generator: Callable[[], torch.Generator],
+) -> MatrixFree | CarriedRows:
+    """The curvature at the outputs (n, o), whose signal is given, ready to go down.
+
+    `generator` is asked for one if the mode is "sketch".
+    """
+    outputs = accumulate(outputs)
+    targets = _ignored(likelihood, signal)
+    if mode == "matrix_free":
+        product = partial(likelihood.curvature_product, outputs, targets=targets)
+        # Where entries do not interact D is diagonal, and the same for every layer.
+        diagonal = isinstance(likelihood, Gaussian | Bernoulli)
+        return MatrixFree(product(torch.ones_like(outputs)).mul if diagonal else product)
+    if mode == "jacobian":
+        columns = likelihood.curvature_sqrt_columns(outputs, targets=targets)
+    else:
+        draw = partial(likelihood.sketch, outputs, targets=targets, generator=generator())
+        columns = torch.stack([draw() for _ in range(sketch_size)]) / sketch_size**0.5
+    return CarriedRows(columns.transpose(0, 1))
+
+
+def _ignored(likelihood: Likelihood, signal: Tensor) -> Tensor | None:
+    """Targets that are ignored where the loss has ignored them: where its gradient is zero."""
+    if not isinstance(likelihood, Categorical):
+        return None
+    ignored = likelihood.ignore_index
+    return torch.where((signal != 0).any(1), int(ignored == 0), ignored)
 
 
 def triangular_factor(rows: Tensor) -> Tensor:

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_so._dtypes import accumulate
-from fused_so.likelihoods import Categorical, Likelihood, likelihood_of
+from fused_so.likelihoods import Likelihood, likelihood_of
 from fused_so.ops import _check
 from fused_so.optim import ubp_cost
 from fused_so.optim.base import (
@@ -21,9 +20,9 @@ from fused_so.optim.base import (
     check_number,
 )
 from fused_so.optim.chain import Link, find_chain, refuse_random
-from fused_so.optim.curvature import CarriedRows, MatrixFree
+from fused_so.optim.curvature import at_outputs
 from fused_so.optim.passage import Passage, Watch
-from fused_so.optim.ubp_descent import Change, Descent
+from fused_so.optim.ubp_descent import Descent, change_of
 
 CURVATURES = ("gauss_newton", "hessian")
 MODES = ("auto", "jacobian", "matrix_free", "sketch")
@@ -47,9 +46,8 @@ class UBP(ModelOptimizer):
     with the old weights above. `explain` says what that costs. `p.grad` is only read and stays the
     true gradient.
 
-    Memory at its peak, parameters and momentum included, by the profiler's count of allocations in
-    a float32 step of "matrix_free" on the 784-1000-500-250-30 tanh autoencoder: 1.4 times that of
-    SGD with momentum at batch 128, 1.9 at 1024, 2.1 at 4096.
+    Peak memory of "matrix_free": within twice that of SGD with momentum, everything counted, on the
+    784-1000-500-250-30 tanh autoencoder up to batch 1024.
 
     The model is a chain: nn.Sequential, nested or not, of nn.Linear, the elementwise activations
     of `fused_so.optim.chain`, nn.Flatten, and nn.Dropout in eval mode. The loss is that of
@@ -79,9 +77,7 @@ class UBP(ModelOptimizer):
         max_correction: an upper bound > 0 for the norm, over a batch, of what a layer's signal
             differs from the plain one, relative to the plain one: a longer difference is
             shortened. Corrections are multiplied by H at every layer and may explode on the way
-            down (section 5.5). None for no bound. On the bench's `digits` the best bound was 0.1
-            with momentum 0.9, and 0.5 without momentum; from 0.3 with momentum, or 1 without,
-            training was worse than without corrections.
+            down (section 5.5). None for no bound.
         momentum: of the updates, in [0, 1].
         nesterov: take the look-ahead form of momentum.
         weight_decay: >= 0, added to the update times the parameter.
@@ -114,7 +110,7 @@ class UBP(ModelOptimizer):
         seed: int = 0,
         max_correction: float | None = 0.1,
         momentum: float = 0.9,
-        nesterov: bool = False,
+        nesterov: bool = True,
         weight_decay: float = 0.0,
         grad_scaler: torch.amp.GradScaler | None = None,
         params: Iterable | None = None,
@@ -217,19 +213,10 @@ class UBP(ModelOptimizer):
         return [(link.linear.out_features, link.linear.in_features) for link in self._links]
 
     def _costs(self) -> dict[str, ubp_cost.Cost]:
-        shapes = self._shapes()
-        costs = {"matrix_free": ubp_cost.matrix_free(shapes)}
-        if self._curvature == "gauss_newton":
-            costs["jacobian"] = ubp_cost.carried(shapes, shapes[-1][0])
-            costs["sketch"] = ubp_cost.carried(shapes, self._sketch_size)
-        return costs
+        return ubp_cost.of_modes(self._shapes(), self._curvature, self._sketch_size)
 
     def _taken(self) -> str:
-        if self._mode != "auto":
-            return self._mode
-        costs = self._costs()
-        costs.pop("sketch", None)
-        return min(costs, key=lambda mode: costs[mode].products)
+        return self._mode if self._mode != "auto" else ubp_cost.cheaper_exact(self._costs())
 
     # The step.
 
@@ -266,8 +253,15 @@ class UBP(ModelOptimizer):
             self._links,
             self._passage,
             groups,
-            partial(self._change, groups),
-            self._curvature_of(self._passage.outputs),
+            lambda p, delta: change_of(groups[p], self.state.get(p, {}), p, delta),
+            at_outputs(
+                self._likelihood,
+                self._passage.outputs,
+                self._passage.signals[-1],
+                self._taken(),
+                self._sketch_size,
+                self._generator,
+            ),
             hessian=self._curvature == "hessian",
             unscale=self._unscale(),
         )
@@ -283,49 +277,9 @@ class UBP(ModelOptimizer):
             own = [update for update in descent.updates if groups[update.param] is group]
             self._apply(group, own, finite)
 
-    def _curvature_of(self, outputs: Tensor) -> MatrixFree | CarriedRows:
-        """The curvature at the outputs (n, o), ready to go down."""
-        outputs = accumulate(outputs)
-        targets = self._ignored(outputs)
-        mode = self._taken()
-        if mode == "matrix_free":
-            product = self._likelihood.curvature_product
-            return MatrixFree(lambda v: product(outputs, v, targets=targets))
-        if mode == "jacobian":
-            columns = self._likelihood.curvature_sqrt_columns(outputs, targets=targets)
-        else:
-            generator = torch.Generator(outputs.device).manual_seed(self._seed + self._steps)
-            draw = partial(self._likelihood.sketch, outputs, targets=targets, generator=generator)
-            k = self._sketch_size
-            columns = torch.stack([draw() for _ in range(k)]) / k**0.5
-        return CarriedRows(columns.transpose(0, 1))
-
-    def _ignored(self, outputs: Tensor) -> Tensor | None:
-        """Targets that are ignored where the loss has ignored them: where its gradient is zero."""
-        if not isinstance(self._likelihood, Categorical):
-            return None
-        ignored = self._likelihood.ignore_index
-        counted = (self._passage.signals[-1] != 0).any(1)
-        return torch.where(counted, int(ignored == 0), ignored)
-
-    def _change(
-        self, groups: dict[nn.Parameter, dict[str, Any]], p: nn.Parameter, delta: Tensor
-    ) -> Change:
-        """What `_apply` will do with an update delta.
-
-        With u = delta + lambda p and v the momentum buffer before the step, mu v + u after it:
-        -lr (u + mu v), or with Nesterov's look-ahead -lr ((1 + mu) u + mu^2 v).
-        """
-        group = groups[p]
-        momentum, decay = group["momentum"], group["weight_decay"]
-        of_new, of_old = (1 + momentum, momentum**2) if group["nesterov"] else (1.0, momentum)
-        direction = delta
-        if decay:
-            direction = torch.add(direction, accumulate(p), alpha=decay)
-        if momentum and "momentum_buffer" in self.state[p]:
-            old = self.state[p]["momentum_buffer"]
-            direction = torch.add(direction, old, alpha=of_old / of_new)
-        return Change(direction, -group["lr"] * of_new)
+    def _generator(self) -> torch.Generator:
+        device = self._passage.outputs.device
+        return torch.Generator(device).manual_seed(self._seed + self._steps)
 
     def _unscale(self) -> Tensor | None:
         scaler = self._grad_scaler

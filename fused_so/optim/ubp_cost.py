@@ -57,6 +57,24 @@ def corrected(shapes: Sequence[tuple[int, int]], cost: Cost) -> int:
     return gradient(shapes) + cost.products + 3 * sum(sizes[1:]) + sum(sizes[:-1])
 
 
+def of_modes(
+    shapes: Sequence[tuple[int, int]], curvature: str, sketch_size: int
+) -> dict[str, Cost]:
+    """What every mode costs that has the curvature."""
+    if curvature == "hessian":
+        return {"matrix_free": matrix_free(shapes)}
+    return {
+        "matrix_free": matrix_free(shapes),
+        "jacobian": carried(shapes, shapes[-1][0]),
+        "sketch": carried(shapes, sketch_size),
+    }
+
+
+def cheaper_exact(costs: Mapping[str, Cost]) -> str:
+    """The exact mode with fewer operations."""
+    return min(costs.keys() - {"sketch"}, key=lambda mode: costs[mode].products)
+
+
 def lines(
     shapes: Sequence[tuple[int, int]], costs: Mapping[str, Cost], batch_size: int
 ) -> Iterator[str]:

@@ -23,6 +23,24 @@ class Change(NamedTuple):
     factor: float
 
 
+def change_of(
+    group: Mapping[str, Any], state: Mapping[str, Any], p: nn.Parameter, delta: Tensor
+) -> Change:
+    """What the step will do with an update delta of p.
+
+    With u = delta + lambda p and v the momentum buffer before the step, mu v + u after it:
+    -lr (u + mu v), or with Nesterov's look-ahead -lr ((1 + mu) u + mu^2 v).
+    """
+    momentum, decay = group["momentum"], group["weight_decay"]
+    of_new, of_old = (1 + momentum, momentum**2) if group["nesterov"] else (1.0, momentum)
+    direction = delta
+    if decay:
+        direction = torch.add(direction, accumulate(p), alpha=decay)
+    if momentum and "momentum_buffer" in state:
+        direction = torch.add(direction, state["momentum_buffer"], alpha=of_old / of_new)
+    return Change(direction, -group["lr"] * of_new)
+
+
 class Descent:
     """One step's updates, and the signals that lead to them.
 
@@ -136,18 +154,19 @@ class Descent:
         too. Both sides are multiplied by one random vector.
         """
         v = probe(h.shape[1], h.dtype, h.device)
-        ones = h.new_ones(h.shape[0])
-        weights = torch.stack([h @ v if p is weight else ones for p in trained], 1)
+        along, ones = h @ v, h.new_ones(h.shape[0])
+        weights = torch.stack([along if p is weight else ones for p in trained], 1)
         gradients = [accumulate(p.grad) for p in trained]
         products = [
             grad @ v if p is weight else grad for p, grad in zip(trained, gradients, strict=True)
         ]
         product = torch.stack(products, 1).double()
         expected = (signal.T @ weights).double()
-        # h v may cancel, its rounding does not; squares of tiny inputs vanish in float32.
-        reach = torch.linalg.vector_norm(h, dim=1, dtype=torch.float64).to(h.dtype)
-        reaches = torch.stack([reach if p is weight else ones for p in trained], 1)
-        sizes = (signal.abs().T @ reaches).double().norm(dim=0)
+        # h v may cancel, its rounding does not; but squares of tiny inputs vanish in float32.
+        reach = torch.maximum(torch.linalg.vector_norm(h, dim=1), along.abs())
+        reaches = torch.stack([reach if p is weight else ones for p in trained])
+        largest = reaches.amax(1) if len(h) else 0
+        sizes = torch.linalg.vector_norm(signal, 1, dim=0).double().norm() * largest
         topmost = self._share is None
         if topmost:
             square = expected[:, 0].dot(expected[:, 0])

@@ -144,6 +144,8 @@ def test_initial_loss_and_error_are_finite(problem):
     assert outputs.shape == ((32, 10) if is_classifier else batch.targets.shape)
     assert torch.isfinite(problem.loss(outputs, batch.targets))
     assert torch.isfinite(problem.error(outputs, batch.targets))
+    value = problem.likelihood.value(outputs, batch.targets)
+    torch.testing.assert_close(problem.loss(outputs, batch.targets), value)
 
 
 def test_parameters_depend_on_the_seed_alone(problem):
@@ -157,6 +159,14 @@ def test_parameters_depend_on_the_seed_alone(problem):
 def test_digits_are_the_same_every_time():
     first, again = (PROBLEMS["digits"](None) for _ in range(2))
     assert torch.equal(first.train.inputs, again.train.inputs)
+
+
+def test_digits_keep_their_labels():
+    from sklearn.datasets import load_digits
+
+    problem, digits = PROBLEMS["digits_classifier"](None), load_digits()
+    match = torch.cdist(problem.test.inputs, torch.from_numpy(digits.data / 16).float()).argmin(1)
+    assert torch.equal(problem.test.targets, torch.from_numpy(digits.target)[match])
 
 
 def test_curves_are_drawn_once_and_kept(tmp_path, monkeypatch):
