@@ -171,12 +171,15 @@ class NaturalGradient(ModelOptimizer):
 
     @metric_inputs.setter
     def metric_inputs(self, inputs: Iterable | None) -> None:
+        self._check_metric_inputs(inputs)
+        self._inputs = None if inputs is None else Inputs(inputs)
+        self._given_inputs = inputs
+
+    def _check_metric_inputs(self, inputs: Any) -> None:
         if inputs is not None and self._metric in OF_TARGETS:
             raise ValueError(
                 f"metric_inputs must be None for metric {self._metric!r}, which needs targets"
             )
-        self._inputs = None if inputs is None else Inputs(inputs)
-        self._given_inputs = inputs
 
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)
@@ -231,13 +234,8 @@ class NaturalGradient(ModelOptimizer):
                 search without closure, or with one that does not return the loss; no backward
                 pass through the model since the last step.
         """
-        batch = None
-        if metric_inputs is not None:
-            if self._metric in OF_TARGETS:
-                raise ValueError(
-                    f"metric_inputs must be None for metric {self._metric!r}, which needs targets"
-                )
-            batch = batch_of(metric_inputs)
+        self._check_metric_inputs(metric_inputs)
+        batch = None if metric_inputs is None else batch_of(metric_inputs)
         self._trust.check_closure(closure)
         self._step_inputs = batch
         try:
