@@ -105,11 +105,8 @@ def damped_step(
         w, mean = solved[:, 1], columns[:, 1]
         slope = mean.dot(right - damped * z if share is not None else z)
         coefficients = coefficients + w * (slope / (damped * mean.dot(w)))
-    square = None
-    if share is not None:
-        # b^T Delta = beta^T K c, and |Delta| <= sum |c_i| |u_i|, by which 0 becomes NaN if infinite
-        bound = coefficients.abs().dot(energies.sqrt())
-        square = right.dot(gram @ coefficients) + 0 * bound
+    # b^T Delta = beta^T K c; K_ii c_i overflows before Delta does.
+    square = None if share is None else right.dot(gram @ coefficients)
     direct = None if share is not None else 1 / damped
     updates = combined(layers, coefficients * scales, direct)
     if refine and share is None:
