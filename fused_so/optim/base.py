@@ -136,14 +136,23 @@ class ModelOptimizer(torch.optim.Optimizer):
                 if updated.data_ptr() != param.data_ptr():
                     param.copy_(updated)
 
-    def _bounds(self, group: dict[str, Any], kinds: list[list[Update]]) -> list[Tensor]:
+    def _bounds(
+        self,
+        group: dict[str, Any],
+        kinds: list[list[Update]],
+        squares: list[Tensor | None] | None = None,
+    ) -> list[Tensor]:
         """The factors that keep the norms of the updates, one kind at a time, below max_norm.
 
-        All are 0, which skips the step, if any gradient of the group is not finite.
+        All are 0, which skips the step, if any gradient of the group is not finite. `squares` are
+        the squared norms, where they are known.
         """
         if not kinds:
             return []
-        squares = [squared_norm(updates) for updates in kinds]
+        squares = [
+            squared_norm(updates) if square is None else square
+            for updates, square in zip(kinds, squares or [None] * len(kinds), strict=True)
+        ]
         finite = torch.isfinite(sum(square.to(squares[0].device) for square in squares))
         self._readback.watch(finite, self._warn_unless_finite)
         factors = []

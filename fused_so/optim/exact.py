@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from fused_so._dtypes import accumulate
 from fused_so.capture import Capture
 from fused_so.likelihoods import Likelihood
+from fused_so.optim.base import loss_scale
 from fused_so.optim.batches import Batch, Watch
-from fused_so.optim.gram import Rows, common_scale, damped_step, joined
+from fused_so.optim.gram import check_rows, damped_step
 from fused_so.optim.metric import (
     curvature_columns,
     empirical_scale,
@@ -21,12 +23,26 @@ from fused_so.optim.metric import (
     fisher_roots,
     weight_of,
 )
+from fused_so.optim.readback import Readback
+from fused_so.optim.rows import Rows, common_scale, joined, pulled
+from fused_so.optim.solved import Solved
 
 
 class ExactSteps:
-    """Solves with every linear layer's rows: those of the backward pass, or of one of its own."""
+    """Solves with every linear layer's rows: those of the backward pass, or of one of its own.
 
-    def __init__(self, watch: Watch, likelihood: Likelihood, metric: str):
+    Those of the backward pass are rows of the loss times the scale of `grad_scaler`.
+    """
+
+    def __init__(
+        self,
+        watch: Watch,
+        likelihood: Likelihood,
+        metric: str,
+        grad_scaler: torch.amp.GradScaler | None,
+    ):
+        self._grad_scaler = grad_scaler
+        self._system: tuple[list[nn.Linear], list[Rows], Tensor] | None = None
         self._watch, self._likelihood, self._metric = watch, likelihood, metric
         self._layers: dict[nn.Linear, str] = {}
         self._params: set[Tensor] = set()
@@ -63,33 +79,31 @@ class ExactSteps:
 
     def forget(self) -> None:
         self._calls.clear()
+        self._system = None
 
     def remove_hooks(self) -> None:
         for capture in self._captures:
             capture.remove()
 
-    def deltas(
+    def solve(
         self,
         params: Sequence[Tensor],
         batches: Sequence[Batch],
         examples: int | None,
         damping: float,
-        loss_scale: Tensor | float,
-        waits: bool,
-    ) -> list[Tensor]:
-        """(G + damping I)^-1 p.grad for every one of the parameters.
-
-        The rows seen in the backward pass are those of `loss_scale` times the loss.
-        """
+        state: Mapping[Tensor, dict[str, Any]],
+    ) -> Solved:
         layers = [m for m in self._layers if self._trains(m.weight) or self._trains(m.bias)]
-        if self._metric == "empirical_fisher":
+        seen = self._metric == "empirical_fisher"
+        if seen:
             rows = [self._seen_rows(module, batches) for module in layers]
             scale = empirical_scale(self._likelihood, [batch.score for batch in batches])
-            scale = scale / loss_scale
+            scale = scale / loss_scale(self._grad_scaler, rows[0].g.device)
         else:
             rows, scale = self._own_rows(layers, batches, examples), 1.0
         ones = rows[0].g.new_ones(len(rows[0].g))
-        c = common_scale(rows) if self._metric == "empirical_fisher" and waits else None
+        waits = not Readback.waits_for(ones)
+        c = common_scale(rows) if seen and waits else None
         step = damped_step(
             rows,
             scales=scale * ones,
@@ -97,14 +111,28 @@ class ExactSteps:
             share=None if c is None else c / scale * ones,
             waits=waits,
             # Three products are little beside a backward pass of their own, not beside none.
-            refine=self._metric != "empirical_fisher",
+            refine=not seen,
         )
+        self._system = layers, rows, scale * ones
         found = {
             p: delta
             for module, pair in zip(layers, step.updates, strict=True)
             for p, delta in zip((module.weight, module.bias), pair, strict=True)
         }
-        return [found[p] for p in params]
+        return Solved([found[p] for p in params], step.square)
+
+    def curvature(self, step: Mapping[Tensor, Tensor]) -> Tensor:
+        """v^T G v with the metric of the last solution, which is given up with it."""
+        (layers, rows, scales), self._system = self._system, None
+        at = [
+            row._replace(
+                grad_weight=step.get(module.weight, row.grad_weight),
+                grad_bias=step.get(module.bias),
+            )
+            for module, row in zip(layers, rows, strict=True)
+        ]
+        # G = U U^T
+        return pulled(at, scales).double().square().sum()
 
     def _rows(self, module: nn.Linear, g: Tensor, h: Tensor) -> Rows:
         bias = module.bias.grad if self._trains(module.bias) else None
@@ -146,6 +174,12 @@ class ExactSteps:
         sizes = [examples_of(out) for out in outputs]
         for module in layers:
             self._check_calls(module, [h.shape[:-1].numel() for h, _ in calls[module]], sizes)
+        if self._metric == "gauss_newton":
+            # A column of D's root an output; before any of them is made.
+            check_rows(
+                sum(out.numel() for out in outputs),
+                f" (one an example and output, outputs {[tuple(out.shape) for out in outputs]})",
+            )
         weight = weight_of(self._likelihood, outputs, examples)
         scores = [batch.score for batch in batches]
         columns = fisher_roots(self._likelihood, self._metric, outputs, scores, weight)

@@ -20,28 +20,28 @@ from torch import Tensor
 
 from fused_so import ops
 from fused_so._dtypes import accumulate
+from fused_so.optim.rows import Rows, combined, pulled
 
 _TRIES = 4
-
-
-class Rows(NamedTuple):
-    """A linear layer's examples: i's gradient is g_i (h_i, 1)^T, the 1 if it has a bias.
-
-    grad_weight and grad_bias are what the step is for; a layer without bias has None.
-    """
-
-    g: Tensor
-    h: Tensor
-    grad_weight: Tensor
-    grad_bias: Tensor | None
+MOST_ROWS = 16384
+"""An (n, n) matrix of float32 is then 1 GiB, and three of them are alive at once."""
 
 
 class Step(NamedTuple):
-    """(dW, db) a layer, the squared norms of the columns of U, and the damping that was used."""
+    """A solution Delta.
+
+    Attributes:
+        updates: (dW, db) a layer.
+        energies: (n,), the squared norms of the columns of U.
+        damping: lambda as it was used.
+        square: b^T Delta, if it is known without a pass over the parameters; then NaN or Inf
+            says that the updates may not be finite.
+    """
 
     updates: list[tuple[Tensor, Tensor | None]]
     energies: Tensor
     damping: Tensor
+    square: Tensor | None
 
 
 def damped_step(
@@ -74,6 +74,7 @@ def damped_step(
         A `Step`; its updates are not finite if K is not, or if it cannot be factorized.
 
     Raises:
+        ValueError: n is above MOST_ROWS.
         RuntimeError: if `waits`, where lambda I + K is not positive definite even with lambda
             raised a thousandfold.
 
@@ -82,6 +83,7 @@ def damped_step(
     1 - m^T (lambda I + C)^-1 m is lambda mean^T w, and nothing cancels. So if b is proportional
     to m, as within a batch, centering lengthens the step and does not turn it.
     """
+    check_rows(len(scales))
     gram = ops.grad_gram(
         [layer.g for layer in layers],
         [layer.h for layer in layers],
@@ -93,7 +95,7 @@ def damped_step(
     damped = damping + relative_damping * energies.mean()
     # Relative to nothing, damping is nothing; without a curvature the step is the gradient.
     damped = torch.where(damped < torch.finfo(damped.dtype).tiny, 1.0, damped)
-    right = _pulled(layers, scales) if share is None else share.to(gram.dtype)
+    right = pulled(layers, scales) if share is None else share.to(gram.dtype)
     columns = right[:, None] if mean is None else torch.stack([right, mean.to(gram.dtype)], 1)
     solved, damped, factor = _solve(gram, damped, columns, waits)
     z = solved[:, 0]
@@ -103,17 +105,29 @@ def damped_step(
         w, mean = solved[:, 1], columns[:, 1]
         slope = mean.dot(right - damped * z if share is not None else z)
         coefficients = coefficients + w * (slope / (damped * mean.dot(w)))
+    # b^T Delta = beta^T K c; K_ii c_i overflows before Delta does.
+    square = None if share is None else right.dot(gram @ coefficients)
     direct = None if share is not None else 1 / damped
-    updates = _combine(layers, coefficients * scales, direct)
+    updates = combined(layers, coefficients * scales, direct)
     if refine and share is None:
         residual = _residual(layers, updates, scales, damped)
-        z = torch.cholesky_solve(_pulled(residual, scales)[:, None], factor)[:, 0]
-        more = _combine(residual, -z / damped * scales, direct)
+        z = torch.cholesky_solve(pulled(residual, scales)[:, None], factor)[:, 0]
+        more = combined(residual, -z / damped * scales, direct)
         updates = [
             (dw.add_(more_w), None if db is None else db.add_(more_b))
             for (dw, db), (more_w, more_b) in zip(updates, more, strict=True)
         ]
-    return Step(updates, energies, damped)
+    return Step(updates, energies, damped, square)
+
+
+def check_rows(n: int, of: str = "") -> None:
+    """Raises where the (n, n) matrix of so many rows would be absurd."""
+    if n > MOST_ROWS:
+        raise ValueError(
+            f"rows must be at most {MOST_ROWS}, of which the step takes an (n, n) matrix, got "
+            f"{n}{of}: {4 * n * n / 2**30:.1f} GiB in float32; use smaller batches, solver 'cg' "
+            f"or, for a row an example instead of one an output, metric 'sampled_fisher'"
+        )
 
 
 def _residual(
@@ -127,7 +141,7 @@ def _residual(
         layer._replace(grad_weight=dw, grad_bias=db)
         for layer, (dw, db) in zip(layers, updates, strict=True)
     ]
-    images = _combine(at, _pulled(at, scales) * scales, damping)
+    images = combined(at, pulled(at, scales) * scales, damping)
     return [
         layer._replace(
             grad_weight=accumulate(layer.grad_weight) - dw,
@@ -135,18 +149,6 @@ def _residual(
         )
         for layer, (dw, db) in zip(layers, images, strict=True)
     ]
-
-
-def _pulled(layers: Sequence[Rows], scales: Tensor) -> Tensor:
-    """U^T b: the inner products of the examples' gradients with b."""
-    total = torch.zeros_like(scales)
-    for g, h, grad_weight, grad_bias in layers:
-        # (g_i^T B) h_i
-        g, h = accumulate(g), accumulate(h)
-        total += torch.linalg.vecdot(g @ accumulate(grad_weight), h)
-        if grad_bias is not None:
-            total += g @ accumulate(grad_bias)
-    return total * scales
 
 
 def _solve(
@@ -169,53 +171,3 @@ def _solve(
         f"the Gram matrix of the gradients is not positive definite even with damping "
         f"{damping.item():.3g}; raise damping"
     )
-
-
-def _combine(
-    layers: Sequence[Rows], coefficients: Tensor, direct: Tensor | None
-) -> list[tuple[Tensor, Tensor | None]]:
-    """sum_i c_i g_i (h_i, 1)^T, plus `direct` times the gradients."""
-    updates = []
-    for g, h, grad_weight, grad_bias in layers:
-        g, h = accumulate(g), accumulate(h)
-        delta = (g * coefficients[:, None]).T @ h
-        offset = None if grad_bias is None else g.T @ coefficients
-        if direct is not None:
-            delta = delta.addcmul_(accumulate(grad_weight), direct)
-            if offset is not None:
-                offset = offset.addcmul_(accumulate(grad_bias), direct)
-        updates.append((delta, offset))
-    return updates
-
-
-def common_scale(layers: Sequence[Rows]) -> Tensor | None:
-    """c with b = c sum_i g_i (h_i, 1)^T, where that is so in every layer; else None.
-
-    A loss may use a weight in other ways, and gradients may have been clipped (c) or changed.
-    Both sides are multiplied by a random vector a layer and compared. Waits for the device.
-    """
-    products, expected, rounding = [], [], []
-    for g, h, grad_weight, grad_bias in layers:
-        g, h = accumulate(g), accumulate(h)
-        generator = torch.Generator().manual_seed(h.shape[1])
-        probe = torch.randn(h.shape[1], dtype=h.dtype, generator=generator).to(h.device)
-        weights = h @ probe
-        products.append(accumulate(grad_weight) @ probe)
-        if grad_bias is not None:
-            products[-1] = products[-1] + accumulate(grad_bias)
-            weights = weights + 1
-        expected.append(g.T @ weights)
-        # Rounding, in a sum of n products that may nearly cancel.
-        rounding.append(8 * torch.finfo(h.dtype).eps * (g.abs().T @ weights.abs()).norm())
-    square = sum(e.dot(e) for e in expected)
-    scale = sum(p.dot(e) for p, e in zip(products, expected, strict=True)) / square
-    off = [
-        (p - scale * e).norm() - scale.abs() * r
-        for p, e, r in zip(products, expected, rounding, strict=True)
-    ]
-    return scale if (torch.stack(off) <= 0).all() else None
-
-
-def joined(parts: Sequence[Tensor]) -> Tensor:
-    """The rows of several calls; those of one call are not copied."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -22,6 +21,7 @@ from fused_so.optim.base import (
 from fused_so.optim.batches import Batch, Inputs, Watch, batch_of
 from fused_so.optim.exact import ExactSteps
 from fused_so.optim.metric import METRICS, OF_TARGETS, examples_of
+from fused_so.optim.solved import NOT_FINITE, Solved
 from fused_so.optim.truncated import TruncatedSteps
 from fused_so.optim.trust import Trust
 from fused_so.solvers import Solution
@@ -63,9 +63,8 @@ class NaturalGradient(ModelOptimizer):
         damping: lambda >= 0, in units of G, which are those of the loss; > 0 for gram. The same
             in all param groups.
         adapt_damping_every: adjust damping every so many steps by the reduction ratio; None: it
-            is fixed. Takes the loss again, after the step: see `step`. The fall that the ratio
-            expects is that of an exact solution, or of one by cg from zero, with one lr for all
-            groups; with minres_qlp stopped early, `warm_start` or several lr it is an estimate.
+            is fixed. Takes the loss again after the step (see `step`), and a product with G
+            more. The attribute `reduction_ratio` is the last ratio.
         line_search: halve the step until the loss falls by a hundredth of what its slope
             promises; after ten times the parameters stay. Takes the loss again.
         max_iterations, tolerance, progress: of the solver, as in `fused_so.solvers`.
@@ -131,7 +130,7 @@ class NaturalGradient(ModelOptimizer):
         check_grad_scaler(grad_scaler)
         TruncatedSteps.check(max_iterations, tolerance, progress, preconditioner)
         of_outputs = likelihood_of(likelihood)
-        self._metric, self._exact, self._warm_start = metric, solver == "gram", warm_start
+        self._metric, self._exact = metric, solver == "gram"
         self._trust = Trust(adapt_damping_every, line_search)
         self._grad_scaler = grad_scaler
         self.last_solution: Solution | None = None
@@ -147,7 +146,7 @@ class NaturalGradient(ModelOptimizer):
         super().__init__(model, options, params)
         self._watch = Watch(model)
         if self._exact:
-            self._steps_of = ExactSteps(self._watch, of_outputs, metric)
+            self._steps_of = ExactSteps(self._watch, of_outputs, metric, grad_scaler)
         else:
             self._steps_of = TruncatedSteps(
                 self._watch,
@@ -158,6 +157,7 @@ class NaturalGradient(ModelOptimizer):
                 tolerance=tolerance,
                 progress=progress,
                 preconditioner=preconditioner,
+                warm_start=warm_start,
             )
         try:
             self._adopt()
@@ -171,12 +171,15 @@ class NaturalGradient(ModelOptimizer):
 
     @metric_inputs.setter
     def metric_inputs(self, inputs: Iterable | None) -> None:
+        self._check_metric_inputs(inputs)
+        self._inputs = None if inputs is None else Inputs(inputs)
+        self._given_inputs = inputs
+
+    def _check_metric_inputs(self, inputs: Any) -> None:
         if inputs is not None and self._metric in OF_TARGETS:
             raise ValueError(
                 f"metric_inputs must be None for metric {self._metric!r}, which needs targets"
             )
-        self._inputs = None if inputs is None else Inputs(inputs)
-        self._given_inputs = inputs
 
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)
@@ -210,6 +213,11 @@ class NaturalGradient(ModelOptimizer):
         """lambda, as it is now."""
         return self.param_groups[0]["damping"]
 
+    @property
+    def reduction_ratio(self) -> float | None:
+        """What the loss fell by, over what its quadratic model promised, when last looked at."""
+        return self._trust.ratio
+
     def step(self, closure: Callable[[], Any] | None = None, *, metric_inputs: Any = None) -> Any:
         """Updates the parameters from their gradients.
 
@@ -226,13 +234,8 @@ class NaturalGradient(ModelOptimizer):
                 search without closure, or with one that does not return the loss; no backward
                 pass through the model since the last step.
         """
-        batch = None
-        if metric_inputs is not None:
-            if self._metric in OF_TARGETS:
-                raise ValueError(
-                    f"metric_inputs must be None for metric {self._metric!r}, which needs targets"
-                )
-            batch = batch_of(metric_inputs)
+        self._check_metric_inputs(metric_inputs)
+        batch = None if metric_inputs is None else batch_of(metric_inputs)
         self._trust.check_closure(closure)
         self._step_inputs = batch
         try:
@@ -256,37 +259,46 @@ class NaturalGradient(ModelOptimizer):
 
     def _update(self) -> None:
         grouped = [(group, self._plain_updates(group)) for group in self.param_groups]
-        updates = [update for _, own in grouped for update in own]
-        if not updates:
+        params = [update.param for _, own in grouped for update in own]
+        if not params:
             return
         self._trust.check_loss(self.loss)
-        deltas = self._deltas([update.param for update in updates])
-        if deltas is None:
+        solved = self._solved(params)
+        if solved is None:
             return
+        deltas = dict(zip(params, solved.deltas, strict=True))
         grouped = [
             (group, [update._replace(delta=deltas[update.param]) for update in own])
             for group, own in grouped
+            if own
         ]
         updates = [update for _, own in grouped for update in own]
+        # One norm for all groups, which the metric couples.
+        bounds = [self._bounds(group, [updates], [solved.square])[0] for group, _ in grouped]
 
         def apply(scale: float) -> None:
-            for group, own in grouped:
-                if own:
-                    # One norm for all groups, which the metric couples.
-                    (bound,) = self._bounds(group, [updates])
-                    self._apply(group, own, bound * scale)
+            for (group, own), bound in zip(grouped, bounds, strict=True):
+                self._apply(group, own, bound * scale)
+
+        def curvature() -> Tensor:
+            step = {
+                param: delta * (group["lr"] * bound).to(delta.device, delta.dtype)
+                for (group, own), bound in zip(grouped, bounds, strict=True)
+                for param, delta, *_ in own
+            }
+            return self._steps_of.curvature(step)
 
         def look() -> Any:
             with torch.enable_grad():
                 return self._watch.quietly(self.closure)
 
         groups, loss = self.param_groups, self.loss
-        failure = self._trust.take(groups, updates, self._steps, apply, look, loss)
+        failure = self._trust.take(groups, updates, self._steps, apply, curvature, look, loss)
         if failure:
             self._skip(f"{failure} along the step")
 
-    def _deltas(self, params: list[Tensor]) -> dict[Tensor, Tensor] | None:
-        """The solution for every parameter, or None if the step is to be skipped."""
+    def _solved(self, params: list[Tensor]) -> Solved | None:
+        """The solution, or None if the step is to be skipped."""
         seen = [self._unscaled(batch) for batch in self._watch.batches]
         if not seen:
             raise ValueError(
@@ -297,26 +309,13 @@ class NaturalGradient(ModelOptimizer):
         if self._step_inputs is not None or self._inputs is not None:
             batches = [self._step_inputs or self._inputs.next()]
             examples = sum(examples_of(batch.score) for batch in seen)
-        if self._exact:
-            waits = not self._readback.waits_for(params[0])
-            found = self._steps_of.deltas(
-                params, batches, examples, self.damping, self._loss_scale(), waits
-            )
-            return dict(zip(params, found, strict=True))
-        last = [self.state[p].get("solution") for p in params]
-        start = last if self._warm_start and all(x is not None for x in last) else None
-        solution, failure = self._steps_of.solve(params, batches, examples, self.damping, start)
-        self.last_solution = solution
-        if math.isnan(solution.residual):
+        solved = self._steps_of.solve(params, batches, examples, self.damping, self.state)
+        self.last_solution = solved.solution
+        if solved.failure == NOT_FINITE:
             self._warn_unless_finite(torch.tensor(False))
-        elif failure:
-            self._skip(failure)
-        if failure is not None:
-            return None
-        if self._warm_start:
-            for p, x in zip(params, solution.x, strict=True):
-                self.state[p]["solution"] = x
-        return dict(zip(params, solution.x, strict=True))
+        elif solved.failure:
+            self._skip(solved.failure)
+        return None if solved.failure is not None else solved
 
     def _skip(self, reason: str) -> None:
         self._warn_once(
@@ -324,10 +323,6 @@ class NaturalGradient(ModelOptimizer):
             f"{reason}; such steps are skipped (more damping may help, or solver 'minres_qlp')",
         )
 
-    def _loss_scale(self) -> Tensor | float:
-        """What the loss was multiplied by before the backward pass."""
-        return loss_scale(self._grad_scaler, self.param_groups[0]["params"][0].device)
-
     def _unscaled(self, batch: Batch) -> Batch:
-        scale = self._loss_scale()
+        scale = loss_scale(self._grad_scaler, batch.score.device)
         return batch._replace(score=batch.score / scale) if isinstance(scale, Tensor) else batch

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_so.optim.gram import Rows
+from fused_so.optim.rows import Rows
 
 
 def with_past(

@@ -18,9 +18,10 @@ from fused_so.optim.base import (
     check_number,
     loss_scale,
 )
-from fused_so.optim.gram import Rows, common_scale, damped_step, joined
+from fused_so.optim.gram import damped_step
 from fused_so.optim.layers import Layer, LayerOptimizer
 from fused_so.optim.past import draw, with_past
+from fused_so.optim.rows import Rows, common_scale, joined
 
 
 class TONGA(LayerOptimizer):
@@ -48,10 +49,10 @@ class TONGA(LayerOptimizer):
     of C is kept.
 
     An example is a row of a layer's input: positions of a sequence count as examples. Layers with
-    equally many rows share a C, others have one of their own. Parameters that no nn.Linear owns
-    take momentum SGD with the same lr, and a warning lists them. `p.grad` is only read; a step
-    takes a product more where it has been changed otherwise than by a factor (weight penalties in
-    the loss), and always on a GPU, where looking would mean waiting.
+    equally many rows, at most 16,384, share a C, others have one of their own. Parameters that no
+    nn.Linear owns take momentum SGD with the same lr, and a warning lists them. `p.grad` is only
+    read; a step takes a product more where it has been changed otherwise than by a factor (weight
+    penalties in the loss), and always on a GPU, where looking would mean waiting.
 
     Args:
         model: the module to train.
@@ -146,12 +147,17 @@ class TONGA(LayerOptimizer):
         found = []
         # All before any is applied: a factorization that fails changes nothing.
         for group in self.param_groups:
-            layered = [u for block in self._blocks(group) for u in self._block_updates(block)]
+            blocks = [self._block_updates(block) for block in self._blocks(group)]
+            layered = [update for updates, _ in blocks for update in updates]
+            squares = [square for _, square in blocks]
+            known = None if any(square is None for square in squares) else sum(squares)
             plain = self._plain_updates(group, (update.param for update in layered))
-            found.append((group, [updates for updates in (layered, plain) if updates]))
+            kinds = [pair for pair in ((layered, known), (plain, None)) if pair[0]]
+            found.append((group, kinds))
         for group, kinds in found:
-            for updates, bound in zip(kinds, self._bounds(group, kinds), strict=True):
-                self._apply(group, updates, bound)
+            updates, squares = [u for u, _ in kinds], [square for _, square in kinds]
+            for same, bound in zip(updates, self._bounds(group, updates, squares), strict=True):
+                self._apply(group, same, bound)
 
     def _blocks(self, group: dict[str, Any]) -> list[list[tuple[Layer, Rows]]]:
         """The group's layers with what they received, those with equally many rows together."""
@@ -175,7 +181,8 @@ class TONGA(LayerOptimizer):
             blocks.setdefault((len(h), h.device, h.dtype), []).append((layer, rows))
         return list(blocks.values())
 
-    def _block_updates(self, block: list[tuple[Layer, Rows]]) -> list[Update]:
+    def _block_updates(self, block: list[tuple[Layer, Rows]]) -> tuple[list[Update], Tensor | None]:
+        """The updates, and sum Delta^T g / alpha over them if it is known."""
         layers, rows = zip(*block, strict=True)
         n, group = len(rows[0].h), layers[0].group
         ones = rows[0].g.new_ones(n)
@@ -212,4 +219,6 @@ class TONGA(LayerOptimizer):
                 if update is not None:
                     delta = update if summed == 1 else update.div_(summed)
                     updates.append(Update(param, delta, summed))
-        return updates
+        # Delta^T g / alpha, with Delta and its scale both less by the factor n
+        square = None if step.square is None else step.square.double() / summed**2
+        return updates, square

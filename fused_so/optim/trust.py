@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_so.optim.base import Update, squared_norm
+from fused_so.optim.base import Update
 
 _SUFFICIENT = 1e-2
 _HALVINGS = 10
@@ -21,19 +21,17 @@ class Trust:
 
     .. math:: \rho = \frac{f(\theta - \delta) - f(\theta)}{-g^T \delta + \frac12 \delta^T G \delta}
 
-    to 3/2 lambda below 1/4, and to 2/3 lambda above 3/4 (Martens 2010, section 4.1). With a
-    solution Delta = (G + lambda I)^-1 g and delta = eta Delta, delta^T G delta is
-    eta^2 (g^T Delta - lambda ||Delta||^2). Equation 30 of Pascanu and Bengio 2014 has only the
-    first term below, for small steps: at eta = 1 a perfect quadratic model would make it 1/2, and
-    lambda would never fall. Where the second is as large as the first (eta >= 2) it is left out.
-
-    That product holds where the residual r = g - (G + lambda I) Delta has no part along Delta, as
-    in exact solutions and those of CG from zero; elsewhere Delta^T r is missing, and with several
-    learning rates eta is only their mean along the slope. One product with G would tell.
+    to 3/2 lambda below 1/4, and to 2/3 lambda above 3/4 (Martens 2010, section 4.1), with the step
+    delta that is really taken: delta^T G delta is a product with G more, so that neither several
+    learning rates nor a solver that was stopped early matter. Equation 30 of Pascanu and Bengio
+    2014 has only the first term below, for small steps: with a learning rate of 1 a perfect
+    quadratic model would make it 1/2, and lambda would never fall. Where the second is as large as
+    the first (learning rates from 2 on) it is left out.
     """
 
     def __init__(self, every: int | None, searches: bool):
         self._every, self._searches = every, searches
+        self.ratio: float | None = None
 
     @property
     def _looks(self) -> bool:
@@ -66,19 +64,21 @@ class Trust:
         updates: list[Update],
         steps: int,
         apply: Callable[[float], None],
+        curvature: Callable[[], Tensor],
         look: Callable[[], Any],
         loss: Any,
     ) -> str | None:
         """Applies the updates, and judges them if it is due; a message if they were taken back.
 
-        `apply(scale)` takes them, `look()` calls the closure unobserved, `loss` is what it gave
-        before. A step that moves nothing (lr 0, a gradient that is not finite) is not judged.
+        `apply(scale)` takes them, `curvature()` is delta^T G delta at scale 1 before that, `look()`
+        calls the closure unobserved, `loss` is what it gave before. A step that moves nothing (lr
+        0, a gradient that is not finite) is not judged.
         """
         adapts = self._every is not None and steps % self._every == 0
         if not (adapts or self._searches):
             apply(1.0)
             return None
-        loss = _number(loss)
+        loss, curved = _number(loss), curvature().item() if adapts else 0.0
         before = [update.param.clone() for update in updates]
         grads = [update.param.grad for update in updates]
         scale, failure = 1.0, None
@@ -105,13 +105,15 @@ class Trust:
         else:
             failure = "the loss did not fall" if self._searches else "the loss was not finite"
         if adapts:
-            ratio = -math.inf
-            if failure is None:
-                ratio = (loss - new) / _predicted(updates, promised, groups[0]["damping"])
+            # g^T delta - delta^T G delta / 2
+            model = promised - 0.5 * scale * scale * curved
+            expected = model if model > 0 else promised
+            # Several learning rates may turn a descent upwards.
+            self.ratio = -math.inf if failure or expected <= 0 else (loss - new) / expected
             for group in groups:
-                if not ratio >= 0.25:
+                if not self.ratio >= 0.25:
                     group["damping"] *= 3 / 2
-                elif ratio > 0.75:
+                elif self.ratio > 0.75:
                     group["damping"] = max(group["damping"] * 2 / 3, _LEAST)
         return failure
 
@@ -133,12 +135,3 @@ def _number(loss: Any) -> float:
             f"adapt_damping_every or line_search, got {got}"
         )
     return float(loss)
-
-
-def _predicted(updates: list[Update], promised: float, damping: float) -> float:
-    """g^T delta - delta^T G delta / 2."""
-    slope = squared_norm(updates).item()
-    square = sum(update.delta.double().square().sum().item() for update in updates)
-    eta = promised / slope
-    model = promised - 0.5 * eta * eta * (slope - damping * square)
-    return model if model > 0 else promised

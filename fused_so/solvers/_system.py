@@ -80,6 +80,11 @@ class System:
 
     def flatten(self, name: str, value: Tensor | Sequence[Tensor], out: Tensor | None = None):
         """`value`, shaped as b is, as one vector."""
+        flat = self._parts(name, value)
+        return torch.cat(flat, out=out) if out is not None else torch.cat(flat)
+
+    def _parts(self, name: str, value: Tensor | Sequence[Tensor]) -> list[Tensor]:
+        """`value`, if it is shaped as b is, as vectors."""
         tensors = [value] if self._single else _check.tensor_list(name, value)
         if len(tensors) != len(self._shapes):
             raise ValueError(
@@ -88,8 +93,7 @@ class System:
             )
         for i, (tensor, shape) in enumerate(zip(tensors, self._shapes, strict=True)):
             _check.shape(name if self._single else f"{name}[{i}]", tensor, tuple(shape))
-        flat = [tensor.reshape(-1).to(self.dtype) for tensor in tensors]
-        return torch.cat(flat, out=out) if out is not None else torch.cat(flat)
+        return [tensor.reshape(-1).to(self.dtype) for tensor in tensors]
 
     def shaped(self, flat: Tensor) -> Tensor | list[Tensor]:
         """Views into `flat`, shaped as b is."""
@@ -103,8 +107,17 @@ class System:
 
     def product(self, v: Tensor, out: Tensor | None = None) -> Tensor:
         """A v + damping v."""
-        image = self.flatten("product", self._product(self.shaped(v)), out)
-        return image.add_(v, alpha=self._damping) if self._damping else image
+        image = self._product(self.shaped(v))
+        if not self._damping:
+            return self.flatten("product", image, out)
+        out = torch.empty_like(v) if out is None else out
+        parts = zip(
+            self._parts("product", image), v.split(self._sizes), out.split(self._sizes), strict=True
+        )
+        # In the pass that puts the parts together.
+        for part, own, damped in parts:
+            torch.add(part, own, alpha=self._damping, out=damped)
+        return out
 
     def precondition(self, r: Tensor) -> Tensor:
         """M^-1 r; r itself without a preconditioner."""

@@ -32,9 +32,12 @@ def test_the_metric_is_of_what_the_method_says(monkeypatch):
     other = {tuple(row) for row in given["metric of another batch"].tolist()}
     assert len(other) == program.BATCH
     assert other <= rows
-    unlabeled = {tuple(row) for row in given["metric of unlabeled inputs"].tolist()}
-    assert len(unlabeled) == 900
-    assert not unlabeled & rows
+    sizes = {"metric of unlabeled inputs": program.BATCH, "metric of all 900 unlabeled inputs": 900}
+    for name, size in sizes.items():
+        unlabeled = {tuple(row) for row in given[name].tolist()}
+        assert len(unlabeled) == size
+        assert unlabeled <= {tuple(row) for row in data.unlabeled.tolist()}
+        assert not unlabeled & rows
 
 
 def test_a_short_run_leaves_a_table_and_a_file(tmp_path, capsys, monkeypatch):
@@ -58,6 +61,15 @@ def test_a_short_run_leaves_a_table_and_a_file(tmp_path, capsys, monkeypatch):
         assert len(result["search"]) == 1
         for run in result["runs"]:
             assert 0 <= run["test"] <= 1
+    # What a stopped run has finished is not done again.
+    last = list(program.METHODS)[-1]
+    del document["results"][last]
+    (tmp_path / "metric_inputs.json").write_text(json.dumps(document))
+    trained, train = [], program.train
+    monkeypatch.setattr(program, "train", lambda m, *rest: trained.append(m) or train(m, *rest))
+    assert program.main(["--seeds", "2", "--updates", "2", "--out", str(tmp_path)]) == 0
+    assert set(trained) == {last}
+    assert capsys.readouterr().out.splitlines()[:-1] == lines[:-1]
 
 
 def test_bad_arguments_are_named(capsys):

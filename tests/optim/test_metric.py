@@ -239,3 +239,15 @@ def test_it_is_a_kl_divergence_on_the_paper_s_two_parameter_autoencoder():
             dtype=DOUBLE,
         )  # fmt: skip
         torch.testing.assert_close(matrix, second, rtol=1e-5, atol=1e-6)
+        # And the step goes where the divergence says.
+        opt = fused_so.NaturalGradient(
+            model, 1.0, likelihood=fused_so.Gaussian(), damping=1e-3, tolerance=1e-12
+        )
+        (0.5 * (model(x) - x).square().mean()).backward()
+        before, gradient = flat(model.parameters()), flat(p.grad for p in model.parameters())
+        opt.step()
+        expected = torch.linalg.solve(second + 1e-3 * torch.eye(2, dtype=DOUBLE), gradient)
+        step = before - flat(model.parameters())
+        torch.testing.assert_close(step, expected, rtol=1e-3, atol=1e-5)
+        cosine = expected @ gradient / (expected.norm() * gradient.norm())
+        assert cosine < 0.99  # which is not where the gradient does

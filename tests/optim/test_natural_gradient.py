@@ -59,6 +59,16 @@ def solved(matrix, damping, gradient):
     return torch.linalg.solve(matrix + damping * torch.eye(len(gradient), dtype=DOUBLE), gradient)
 
 
+def empirical_fisher(model, likelihood, x, y):
+    one = type(likelihood)(reduction="sum")
+    rows = example_gradients(
+        model,
+        lambda out: torch.stack([one.value(out[i : i + 1], y[i : i + 1]) for i in range(len(y))]),
+        x,
+    )
+    return rows.T @ rows / likelihood.normalizer(model(x), y)
+
+
 def gradient_of(model):
     return flat(p.grad for p in model.parameters())
 
@@ -103,13 +113,7 @@ def test_empirical_fisher_step_is_the_dense_one(name, change, solver):
     if change == "penalty":
         (0.1 * model[0].weight.square().sum()).backward()
     gradient = gradient_of(model)
-    one = type(likelihood)(reduction="sum")
-    rows = example_gradients(
-        model,
-        lambda out: torch.stack([one.value(out[i : i + 1], y[i : i + 1]) for i in range(6)]),
-        x,
-    )
-    matrix = rows.T @ rows / likelihood.normalizer(model(x), y)
+    matrix = empirical_fisher(model, likelihood, x, y)
     got = step_of(opt, model)
     torch.testing.assert_close(got, solved(matrix, 0.02, gradient), rtol=1e-10, atol=1e-10)
 
@@ -380,6 +384,103 @@ def test_damping_follows_the_reduction_ratio(solver):
     assert torch.equal(gradient_of(model), gradient)  # that of the step, not of the look after it
     saved = opt.state_dict()
     assert saved["param_groups"][0]["damping"] == opt.damping
+
+
+@pytest.mark.parametrize("lrs", [(0.7, 0.7), (1.5, 0.3)])
+@pytest.mark.parametrize(
+    ("solver", "options"),
+    [
+        ("cg", {"max_iterations": 3}),
+        ("cg", {"max_iterations": 2, "warm_start": True}),
+        ("cg", {"max_iterations": 3, "metric": "hessian", "damping": 1.0}),
+        ("cg", {"max_norm": 0.02}),
+        ("minres_qlp", {"max_iterations": 3}),
+        ("gram", {}),
+        ("gram", {"metric": "empirical_fisher"}),
+    ],
+)
+def test_the_reduction_ratio_is_that_of_the_step_really_taken(solver, options, lrs):
+    """Against the dense quadratic model, for steps that are no exact solution times one lr."""
+    model, x, y = problem("categorical")
+    likelihood = LIKELIHOODS["categorical"]
+    groups = [
+        {"params": model[k].parameters(), "lr": lr} for k, lr in zip((0, 2), lrs, strict=True)
+    ]
+    opt = fused_so.NaturalGradient(
+        model, likelihood=likelihood, solver=solver, params=groups, adapt_damping_every=2,
+        **{"damping": 0.03, "tolerance": 0.0, **options},
+    )  # fmt: skip
+    assert opt.reduction_ratio is None
+    losses = []
+    value = lambda out: likelihood.value(out, y)  # noqa: E731
+    matrix_of = {
+        "gauss_newton": lambda m: gauss_newton(m, value, x),
+        "hessian": lambda m: loss_hessian(m, value, x),
+        "empirical_fisher": lambda m: empirical_fisher(m, likelihood, x, y),
+    }[options.get("metric", "gauss_newton")]
+
+    def closure():
+        losses.append(backward(opt, model, x, y, "categorical").detach())
+        return losses[-1]
+
+    for k in range(3):
+        losses.clear()
+        before = flat(model.parameters())
+        matrix = matrix_of(model)
+        ratio = opt.reduction_ratio
+        opt.step(closure)
+        if k == 1:
+            assert (len(losses), opt.reduction_ratio) == (1, ratio)
+            continue
+        delta = before - flat(model.parameters())
+        expected = gradient_of(model) @ delta - 0.5 * delta @ matrix @ delta
+        ratio = ((losses[0] - losses[1]) / expected).item()
+        assert opt.reduction_ratio == pytest.approx(ratio, rel=1e-8)
+
+
+def test_a_step_that_promises_no_fall_raises_the_damping():
+    """Learning rates of two groups may turn a descent upwards."""
+    model = nn.Linear(2, 1, bias=False, dtype=DOUBLE)
+    other = nn.Linear(1, 1, bias=False, dtype=DOUBLE)
+
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = model, other
+
+        def forward(self, x):
+            return self.a(x[:, :2]) + self.b(x[:, 2:])
+
+    # Nearly the same input: of the solution's two parts one goes up.
+    x = torch.tensor([[1.0, 0.0, 1.0], [1.0, 0.1, 1.1]], dtype=DOUBLE)
+    y = torch.tensor([[1.0], [-2.0]], dtype=DOUBLE)
+    net = Sum()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.zero_()
+    gradients = torch.autograd.grad(0.5 * (net(x) - y).square().sum() / 2, list(net.parameters()))
+    matrix = x.T @ x / 2 + 1e-3 * torch.eye(3, dtype=DOUBLE)
+    solution = torch.linalg.solve(matrix, flat(gradients))
+    slopes = [solution[:2] @ flat(gradients)[:2], solution[2:] @ flat(gradients)[2:]]
+    assert min(slopes) < 0 < max(slopes)
+    lrs = [0.1 if slope < 0 else 0.0 for slope in slopes]
+    groups = [
+        {"params": m.parameters(), "lr": lr} for m, lr in zip((net.a, net.b), lrs, strict=True)
+    ]
+    opt = fused_so.NaturalGradient(
+        net, likelihood=fused_so.Gaussian(reduction="batchmean"), params=groups, damping=1e-3,
+        adapt_damping_every=1, **EXACT,
+    )  # fmt: skip
+
+    def closure():
+        opt.zero_grad()
+        loss = 0.5 * (net(x) - y).square().sum() / 2
+        loss.backward()
+        return loss
+
+    opt.step(closure)
+    assert opt.reduction_ratio == -math.inf
+    assert opt.damping == pytest.approx(1.5e-3)
 
 
 def test_line_search_halves_the_step_until_the_loss_falls():
@@ -820,6 +921,32 @@ def test_gram_refuses_what_it_would_get_wrong(metric):
     twice(torch.randn(4, 3)).square().sum().backward()
     with pytest.raises(ValueError, match="layer '0' to be called once in every call"):
         opt.step()
+
+
+@pytest.mark.parametrize("metric", ["empirical_fisher", "sampled_fisher", "gauss_newton"])
+def test_gram_refuses_an_absurd_matrix_before_it_is_made(metric, monkeypatch):
+    """A row an example, and with the exact metric an output."""
+    made = []
+    grad_gram, columns = fused_so.ops.grad_gram, fused_so.Gaussian.curvature_sqrt_columns
+    monkeypatch.setattr(
+        "fused_so.ops.grad_gram", lambda *a, **k: made.append(1) or grad_gram(*a, **k)
+    )
+    monkeypatch.setattr(
+        fused_so.Gaussian, "curvature_sqrt_columns",
+        lambda *a, **k: made.append(2) or columns(*a, **k),
+    )  # fmt: skip
+    outputs, most = (200, 81) if metric == "gauss_newton" else (1, 16384)
+    model = nn.Linear(1, outputs)
+    opt = fused_so.NaturalGradient(
+        model, 0.1, likelihood=fused_so.Gaussian(), solver="gram", metric=metric
+    )
+    before = flat(model.parameters())
+    model(torch.randn(most + 1, 1)).square().sum().backward()
+    with pytest.raises(ValueError, match=r"rows must be at most 16384, .* GiB in float32; use sm"):
+        opt.step()
+    assert torch.equal(flat(model.parameters()), before)
+    assert not made
+    assert not opt.state
 
 
 @pytest.mark.parametrize("metric", ["empirical_fisher", "gauss_newton"])

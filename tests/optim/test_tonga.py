@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from torch import nn
 
 import fused_so
 from fused_so.optim import gram, past
-from fused_so.optim.gram import Rows, damped_step
+from fused_so.optim.gram import damped_step
+from fused_so.optim.rows import Rows
 from tests.optim.dense import DOUBLE, chain, example_gradients, flat
+from tests.optim.test_metric import LIKELIHOODS, targets_of
 
 BARE = {"momentum": 0.0, "nesterov": False, "relative_damping": 0.0}
 
@@ -71,6 +74,24 @@ def test_step_is_the_dense_one(change, bias, centered, reduction):
     expected = dense_step(rows, gradient / summed, 0.2, centered)
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
     assert torch.equal(flat(p.grad for p in model.parameters()), gradient)
+
+
+@pytest.mark.parametrize("centered", [False, True])
+@pytest.mark.parametrize("name", ["gaussian", "bernoulli", "categorical"])
+def test_step_is_the_dense_one_with_every_likelihood(name, centered):
+    likelihood, model = LIKELIHOODS[name], chain(5, 4, 3)
+    x, y = torch.randn(6, 5, dtype=DOUBLE), targets_of(likelihood)
+    one = replace(likelihood, reduction="sum")
+    rows = example_gradients(
+        model,
+        lambda out: torch.stack([one.value(out[i : i + 1], y[i : i + 1]) for i in range(6)]),
+        x,
+    )
+    opt = fused_so.TONGA(model, 0.5, 0.02, centered=centered, **BARE)
+    opt.zero_grad()
+    (one.value(model(x), y) / 6).backward()
+    expected = dense_step(rows, rows.mean(0), 0.02, centered)
+    torch.testing.assert_close(step_of(opt, model), expected, rtol=1e-10, atol=1e-10)
 
 
 def test_the_short_way_is_taken_where_the_gradient_is_that_of_the_rows(monkeypatch):
@@ -324,6 +345,37 @@ def test_a_failing_factorization_is_tried_with_ten_times_the_damping(failures, m
     gradient = flat(p.grad for p in model.parameters())
     expected = dense_step(rows, gradient, 0.01 * 10**failures, False)
     torch.testing.assert_close(step_of(opt, model), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_an_absurd_number_of_rows_is_refused_before_anything_changes():
+    model = nn.Linear(1, 1)
+    opt = fused_so.TONGA(model)
+    before = flat(model.parameters())
+    model(torch.randn(16385, 1)).square().mean().backward()
+    with pytest.raises(ValueError, match=r"rows must be at most 16384, .* got 16385: 1.0 GiB"):
+        opt.step()
+    assert torch.equal(flat(model.parameters()), before)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("centered", [False, True])
+@pytest.mark.parametrize("decay", [None, 0.9])
+def test_max_norm_bounds_the_norm_that_the_gram_matrix_knows(decay, centered, reduction):
+    model, (x, y) = chain(5, 4, 3), data()
+    opt = fused_so.TONGA(
+        model, 1.0, 0.1, centered=centered, decay=decay, directions=4, loss_reduction=reduction,
+        max_norm=1e-3, **BARE,
+    )  # fmt: skip
+    for _ in range(2):
+        backward(opt, model, x, y, reduction)
+        summed = 7 if reduction == "sum" else 1
+        gradient = flat(p.grad for p in model.parameters()) / summed
+        step = step_of(opt, model)
+    ((square, factor),) = opt._bounded
+    # Delta^T g over alpha, by the parameters instead of the Gram matrix
+    expected = gradient @ (step / factor) / 1
+    torch.testing.assert_close(square, expected, rtol=1e-9, atol=0.0)
+    torch.testing.assert_close(square.sqrt() * factor, torch.tensor(1e-3, dtype=DOUBLE))
 
 
 def test_without_waiting_a_failure_gives_what_is_not_finite():

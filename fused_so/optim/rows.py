@@ -1,0 +1,88 @@
+"""The per-example gradients of linear layers, as the rows of two matrices a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_so._dtypes import accumulate
+from fused_so.optim.layers import probe
+
+
+class Rows(NamedTuple):
+    """A linear layer's examples: i's gradient is g_i (h_i, 1)^T, the 1 if it has a bias.
+
+    grad_weight and grad_bias are what the step is for; a layer without bias has None.
+    """
+
+    g: Tensor
+    h: Tensor
+    grad_weight: Tensor
+    grad_bias: Tensor | None
+
+
+def pulled(layers: Sequence[Rows], scales: Tensor) -> Tensor:
+    """U^T b: the inner products of the examples' gradients with b."""
+    total = torch.zeros_like(scales)
+    for g, h, grad_weight, grad_bias in layers:
+        # (g_i^T B) h_i
+        g, h = accumulate(g), accumulate(h)
+        total += torch.linalg.vecdot(g @ accumulate(grad_weight), h)
+        if grad_bias is not None:
+            total += g @ accumulate(grad_bias)
+    return total * scales
+
+
+def combined(
+    layers: Sequence[Rows], coefficients: Tensor, direct: Tensor | None
+) -> list[tuple[Tensor, Tensor | None]]:
+    """sum_i c_i g_i (h_i, 1)^T, plus `direct` times the gradients."""
+    updates = []
+    for g, h, grad_weight, grad_bias in layers:
+        g, h = accumulate(g), accumulate(h)
+        delta = (g * coefficients[:, None]).T @ h
+        offset = None if grad_bias is None else g.T @ coefficients
+        if direct is not None:
+            delta = delta.addcmul_(accumulate(grad_weight), direct)
+            if offset is not None:
+                offset = offset.addcmul_(accumulate(grad_bias), direct)
+        updates.append((delta, offset))
+    return updates
+
+
+def common_scale(layers: Sequence[Rows]) -> Tensor | None:
+    """c with b = c sum_i g_i (h_i, 1)^T, where that is so in every layer; else None.
+
+    A loss may use a weight in other ways, and gradients may have been clipped (c) or changed.
+    Both sides are multiplied by a random vector a layer and compared. Waits for the device.
+    """
+    gs, weights, products, expected = [], [], [], []
+    for g, h, grad_weight, grad_bias in layers:
+        g, h = accumulate(g), accumulate(h)
+        x = probe(h.shape[1], h.dtype, h.device)
+        # B (x, 1) and sum_i g_i (h_i^T x + 1)
+        if grad_bias is None:
+            weights.append(h @ x)
+            products.append(accumulate(grad_weight) @ x)
+        else:
+            weights.append(torch.addmv(x.new_ones(len(h)), h, x))
+            products.append(torch.addmv(accumulate(grad_bias), accumulate(grad_weight), x))
+        gs.append(g)
+        expected.append(g.T @ weights[-1])
+    p, e = torch.cat(products), torch.cat(expected)
+    scale = p.dot(e) / e.dot(e)
+    off = torch.stack(torch._foreach_norm((p - scale * e).split([len(x) for x in expected])))
+    # Rounding, in sums of n products that may nearly cancel: |g|^T |w| is at most |g| |w|.
+    rounding = torch.stack(
+        torch._foreach_mul(torch._foreach_norm(gs), torch._foreach_norm(weights))
+    )
+    rounding *= 8 * torch.finfo(p.dtype).eps * scale.abs()
+    return scale if (off <= rounding).all() else None
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """The rows of several calls; those of one call are not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
