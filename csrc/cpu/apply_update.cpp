@@ -16,32 +16,26 @@
 namespace fused_so {
 namespace {
 
-constexpr int64_t kWorthSharing = 1 << 17;  // waking the threads costs more than fewer entries
-constexpr int64_t kUnit = 64;               // entries, no two threads' in one cache line
+constexpr int64_t kChunk = 1 << 16;
 
 template <class P, class U>
-struct Part {
+struct Chunk {
   P* param;
   const U* update;
   Accumulate<P>* buffer;
   int64_t size;
-
-  Part slice(int64_t begin, int64_t end) const {
-    return {param + begin, update + begin, buffer == nullptr ? buffer : buffer + begin,
-            end - begin};
-  }
 };
 
 // kNesterov is rule.nesterov, known at compile time, and the velocity a local variable, surely
 // not null: with a branch inside, the loop would not be vectorized (measured: 2 times slower).
 template <bool kHasBuffer, bool kNesterov, class P, class U>
-void update_part(const Part<P, U>& part, UpdateRule<Accumulate<P>> rule, Accumulate<P> scale) {
+void update_chunk(const Chunk<P, U>& chunk, UpdateRule<Accumulate<P>> rule, Accumulate<P> scale) {
   using A = Accumulate<P>;
   rule.nesterov = kNesterov;
-  P* __restrict param = part.param;
-  const U* __restrict update = part.update;
-  A* __restrict buffer = part.buffer;
-  for (int64_t i = 0; i < part.size; ++i) {
+  P* __restrict param = chunk.param;
+  const U* __restrict update = chunk.update;
+  A* __restrict buffer = chunk.buffer;
+  for (int64_t i = 0; i < chunk.size; ++i) {
     const A p = static_cast<A>(param[i]), u = static_cast<A>(update[i]);
     if constexpr (kHasBuffer) {
       A velocity = buffer[i];
@@ -58,39 +52,28 @@ void update_all(const std::vector<Tensor>& params, const std::vector<Tensor>& up
                 const std::vector<Tensor>& buffers, UpdateRule<Accumulate<P>> rule,
                 Accumulate<P> scale) {
   using A = Accumulate<P>;
-  std::vector<Part<P, U>> tensors;
+  std::vector<Chunk<P, U>> chunks;
   int64_t total = 0;
   for (size_t t = 0; t < params.size(); ++t) {
-    tensors.push_back({write<P>(params[t]), read<U>(updates[t]),
-                       buffers.empty() ? nullptr : write<A>(buffers[t]), params[t].numel()});
-    total += tensors.back().size;
-  }
-  // A thread takes the same entries at every step, all neighbours: what its cache still holds need
-  // not be fetched from another's (measured: faster than chunks that go to whoever is free).
-  const int64_t workers = total < kWorthSharing ? 1 : count_workers(Threads::kAll);
-  const auto update_shares = [&](int64_t begin, int64_t end) {
-    int64_t offset = 0;
-    for (const Part<P, U>& tensor : tensors) {
-      const auto edge = [&](int64_t share) {
-        const int64_t entries = share == workers ? total : total / workers * share;
-        return std::clamp<int64_t>((entries - offset + kUnit - 1) / kUnit * kUnit, 0, tensor.size);
-      };
-      const Part<P, U> part = tensor.slice(edge(begin), edge(end));
-      offset += tensor.size;
-      if (buffers.empty()) {
-        update_part<false, false>(part, rule, scale);
-      } else if (rule.nesterov) {
-        update_part<true, true>(part, rule, scale);
-      } else {
-        update_part<true, false>(part, rule, scale);
-      }
+    const int64_t size = params[t].numel();
+    total += size;
+    for (int64_t begin = 0; begin < size; begin += kChunk) {
+      chunks.push_back({write<P>(params[t]) + begin, read<U>(updates[t]) + begin,
+                        buffers.empty() ? nullptr : write<A>(buffers[t]) + begin,
+                        std::min(kChunk, size - begin)});
     }
-  };
-  if (workers == 1) {
-    update_shares(0, 1);
-  } else {
-    torch::stable::parallel_for(0, workers, 1, update_shares);
   }
+  // Waking the threads costs more than two chunks.
+  const Threads threads = total < 2 * kChunk ? Threads::kOne : Threads::kAll;
+  for_each_task(static_cast<int64_t>(chunks.size()), threads, [&](int64_t c) {
+    if (buffers.empty()) {
+      update_chunk<false, false>(chunks[c], rule, scale);
+    } else if (rule.nesterov) {
+      update_chunk<true, true>(chunks[c], rule, scale);
+    } else {
+      update_chunk<true, false>(chunks[c], rule, scale);
+    }
+  });
 }
 
 void apply_update(std::vector<Tensor> params, std::vector<Tensor> updates,
