@@ -1,6 +1,19 @@
-"""`pytest bench`: the --brief option, and the table at the end."""
+"""`pytest bench`: the --brief option, the table at the end, and what --benchmark-json records."""
+
+import os
+
+import pytest
 
 from bench import measure
+from bench.environment import environment
+
+# What holds the kernels here, ATen, MKL and oneDNN to an instruction set.
+VARIABLES = (
+    "FUSED_SO_CPU",
+    "ATEN_CPU_CAPABILITY",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "ONEDNN_MAX_CPU_ISA",
+)
 
 
 def pytest_addoption(parser):
@@ -19,6 +32,12 @@ def pytest_generate_tests(metafunc):
         sizes = metafunc.module.SIZES
         chosen = sizes[-1:] if measure.REPORT.brief else sizes
         metafunc.parametrize("size", chosen, ids=lambda size: "x".join(map(str, size)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_machine_info(config, machine_info):
+    variables = {name: os.environ[name] for name in VARIABLES if name in os.environ}
+    machine_info["environment"] = {**environment(), "variables": variables}
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -86,8 +86,11 @@ def _column_orders(arguments):
         yield [x[:, torch.randperm(x.shape[1], generator=generator)] for x in arguments]
 
 
-def grad_gram(run, n, sizes, dtype, layout="contiguous", offset=0.0, centered=False, biases=None):
+def grad_gram(
+    run, n, sizes, dtype, layout="contiguous", offset=0.0, centered=False, biases=None, scale=1.0
+):
     gs, hs = layers(n, sizes, dtype, layout, offset)
+    gs = gs if scale == 1 else [scale * g for g in gs]  # which would lose the layout
     got = run(gs, hs, centered=centered, biases=biases)
     assert torch.equal(got, got.T)
 
@@ -152,7 +155,9 @@ def jacobian_arguments(n, o, out, width, dtype, layout="contiguous", given="both
     ]
 
 
-def jacobian_backprop(run, *args, **kwargs):
+def jacobian_backprop(run, *args, scale=1.0, **kwargs):
     """run takes the list of arguments, None where not given, and returns a list of results."""
     arguments = jacobian_arguments(*args, **kwargs)
+    if scale != 1:  # which would lose the layout
+        arguments[0] = scale * arguments[0]
     budget.assert_within_budget(run(arguments), jacobian_oracle, arguments, _output_orders)

@@ -90,7 +90,21 @@ def test_agrees_with_the_reference(rule, dtypes, scale):
     assert all(map(torch.equal, updates, before))
 
 
-def test_updates_may_have_any_strides():
+@pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e30])
+def test_huge_and_tiny_scales(scale):
+    rule = RULES[4]
+    params, updates, buffers = ([scale * t for t in tensors] for tensors in problem(rule))
+    wanted_params, wanted_buffers = ([t.double() for t in tensors] for tensors in (params, buffers))
+    doubles = [u.double() for u in updates]
+    reference.apply_update_(wanted_params, doubles, wanted_buffers, **rule)
+    apply_update_(params, updates, buffers, **rule)
+    # a few roundings of the largest entry, or last places of a denormal number
+    eps, least = torch.finfo(torch.float32).eps, torch.finfo(torch.float32).smallest_normal
+    for mine, oracle in zip(params + buffers, wanted_params + wanted_buffers, strict=True):
+        if mine.numel():
+            error, largest = (mine - oracle).abs().max(), oracle.abs().max()
+            assert error <= 4 * eps * torch.clamp(largest, min=least)
+
     rule = RULES[3]
     params, _, buffers = problem(rule, [(6, 8), (10,), (3, 4, 5)])
     updates = [torch.randn(8, 6).T, torch.randn(20)[::2], torch.randn(4, 1).expand(3, 4, 5)]

@@ -87,6 +87,30 @@ def test_every_size_around_the_tiles(d):
     assert_within_budget(inverse, a, DAMPING)
 
 
+@pytest.mark.parametrize("d", [1023, 1025, 2049])
+def test_large_sizes_around_the_tiles(d):
+    a = covariance_like(d, d)
+    inverse, info = damped_inverse(a, DAMPING)
+    assert info.item() == 0
+    assert torch.equal(inverse, inverse.mT)
+    assert_within_budget(inverse, a, DAMPING)
+
+
+def test_a_very_large_size():
+    d = 4097
+    h, x = torch.randn(64, d), torch.randn(d, 3, dtype=torch.float64)
+    a = h.T @ h / 64
+
+    def residual(inverse):
+        y = inverse.double() @ x
+        return (a.double() @ y + DAMPING * y - x).abs().max()
+
+    inverse, info = damped_inverse(a, DAMPING)
+    assert info.item() == 0
+    assert torch.equal(inverse, inverse.mT)
+    assert residual(inverse) <= 2 * residual(plain_inverse(a, DAMPING))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("d", [1, 7, 16, 33, 100, 257, 520])
 def test_every_dtype_around_the_tiles(dtype, d):
@@ -207,13 +231,29 @@ def test_bad_matrices_leave_the_good_ones_alone(d):
         assert torch.equal(inverse[good], damped_inverse(a[good], DAMPING)[0])
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])
+@pytest.mark.parametrize("scale", [1e-37, 1e-30, 1e-12, 1e12, 1e30, 1e37])
 @pytest.mark.parametrize("d", [5, 40, 300])
 def test_huge_and_tiny_scales(d, scale):
     a = covariance_like(batch_for(d), d, d) + DAMPING * torch.eye(d)
     inverse, info = damped_inverse(a * scale, 0.0)
     assert (info == 0).all()
     assert_within_budget(inverse, a * scale, 0.0)
+
+
+@pytest.mark.parametrize("d", [1, 5, 40, 300])
+def test_denormal_entries(d):
+    # (I + S)^-1 = I - S + S^2 ..., where the square of a denormal number is zero
+    a = 1e-40 * (covariance_like(d, d) + torch.eye(d))
+    assert a.abs().max() < torch.finfo(torch.float32).smallest_normal
+    inverse, info = damped_inverse(a, 1.0)
+    assert info.item() == 0
+    off_diagonal = a - a.diagonal().diag()
+    assert off_diagonal.count_nonzero() >= d * d // 2 - d
+    assert (inverse - torch.eye(d) + off_diagonal).abs().max() <= 1e-44  # some last places
+    # Alone they have an inverse, but not among the numbers of float32.
+    inverse, info = damped_inverse(a, 0.0)
+    assert info.item() == 0
+    assert not inverse.diagonal().isfinite().any()
 
 
 @pytest.mark.parametrize("condition", [1e2, 1e4, 1e5])

@@ -100,6 +100,12 @@ def test_centering_loses_no_digits_to_common_gradients():
     assert error <= 8 * torch.finfo(torch.float32).eps * expected.max()
 
 
+@pytest.mark.parametrize("centered", [False, True])
+@pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e-12, 1e12, 1e16])
+def test_huge_and_tiny_scales(scale, centered):
+    check(40, MIXED, torch.float32, centered=centered, scale=scale)
+
+
 @settings(max_examples=40, derandomize=True, deadline=None)
 @given(
     n=st.integers(0, 200),

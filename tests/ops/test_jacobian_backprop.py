@@ -64,6 +64,11 @@ def test_budget_beyond_the_rows_kept_at_a_time():
     check(3000, 100, 2, 3, torch.float32)
 
 
+@pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e-12, 1e12, 1e17])
+def test_huge_and_tiny_scales(scale):
+    check(9, 5, 20, 30, torch.float32, scale=scale)
+
+
 @settings(max_examples=60, derandomize=True, deadline=None)
 @given(
     n=st.integers(1, 60),

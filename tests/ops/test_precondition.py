@@ -103,7 +103,7 @@ def test_threads_do_not_change_a_bit(out, width):
     )
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])
+@pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e-12, 1e12, 1e30])
 def test_huge_and_tiny_scales(scale):
     check(40, 30, torch.float32, scale=scale)
 
