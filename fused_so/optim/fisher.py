@@ -70,6 +70,9 @@ class FisherOptimizer(KroneckerOptimizer):
         check_number("damping", group["damping"], 0.0)
         check_number("relative_damping", group["relative_damping"], 0.0)
 
+    def _choices(self) -> dict[str, Any]:
+        return {**super()._choices(), "factors": self._factors}
+
     # Statistics.
 
     def _wants_passes(self) -> bool:

@@ -167,6 +167,13 @@ class KFAC(FisherOptimizer):
         if recipe == "paper":
             self._recipe = PaperRecipe(self)
 
+    def _choices(self) -> dict[str, Any]:
+        return {
+            **super()._choices(),
+            "structure": STRUCTURES[self._tridiagonal is not None],
+            "recipe": None if self._recipe is None else "paper",
+        }
+
     def dampings(self, layer: Layer) -> dict[str, Tensor]:
         group = layer.group
         c, k = self.mean_variances(layer)

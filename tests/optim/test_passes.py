@@ -198,6 +198,41 @@ def test_other_architectures_are_refused_and_change_nothing(method):
         copy.deepcopy(opt)
 
 
+KFAC_CHOICES = {
+    "factors": ({"factors": "exact"}, {"factors": "gauss_newton"}),
+    "structure": ({"structure": "block_diagonal"}, {"structure": "block_tridiagonal"}),
+    "recipe": ({"recipe": None}, {"recipe": "paper"}),
+}
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("choice", KFAC_CHOICES)
+def test_other_choices_are_refused_and_change_nothing(choice, swapped):
+    mine, other = reversed(KFAC_CHOICES[choice]) if swapped else KFAC_CHOICES[choice]
+    options = {"likelihood": fused_so.Categorical(), "inverse_every": 3}
+    model = chain(6, 5, 3)
+    opt = fused_so.KFAC(model, **options | mine)
+    model(batch()[0]).sum().backward()
+    before = copy.deepcopy(opt.state_dict())
+    there = fused_so.KFAC(chain(6, 5, 3), **options | other | {"inverse_every": 7}).state_dict()
+    a, b = (repr(chosen[choice]) for chosen in (mine, other))
+    with pytest.raises(ValueError, match=f"{choice} .* {a} here and {b} there"):
+        opt.load_state_dict(there)
+    after = opt.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    for index, state in before["state"].items():
+        for key, value in state.items():
+            same = torch.equal if torch.is_tensor(value) else lambda a, b: a == b
+            assert same(after["state"][index][key], value)
+
+
+def test_ekfac_refuses_other_factors():
+    there = build("EKFAC", chain(6, 5, 3), factors="empirical").state_dict()
+    opt = build("EKFAC", chain(6, 5, 3))
+    with pytest.raises(ValueError, match="factors .* 'sampled' here and 'empirical' there"):
+        opt.load_state_dict(there)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_gradient_accumulation_is_the_step_of_the_whole_batch(method):
     whole, parts = twins(6, 5, 3)
