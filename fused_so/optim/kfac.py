@@ -99,6 +99,7 @@ class KFAC(FisherOptimizer):
             damping are adapted, and step size and momentum come from the exact Fisher's
             quadratic model on the batch; momentum, nesterov and max_norm are ignored. Now and
             then the closure is called again, and must compute the loss of the same batch. The
+            model must have forward-mode derivatives, and parameters in float32 or float64. The
             options whose default is None have one that depends on the recipe.
         grad_scaler: the torch.amp.GradScaler in use, if any; only "empirical" depends on it.
         params: parameters or param groups, as for `ACP`; recipe="paper" takes one group.
@@ -165,7 +166,11 @@ class KFAC(FisherOptimizer):
         if structure == "block_tridiagonal":
             self._tridiagonal = TridiagonalInverse(self)
         if recipe == "paper":
-            self._recipe = PaperRecipe(self)
+            try:
+                self._recipe = PaperRecipe(self)
+            except ValueError:
+                self.remove_hooks()
+                raise
 
     def _choices(self) -> dict[str, Any]:
         return {
