@@ -86,6 +86,15 @@ class FisherOptimizer(KroneckerOptimizer):
             # The user's own backward pass: only what preconditioning by rows needs.
             self._keep_rows(layer, h, g)
         else:
+            if self._sums:
+                self._check_alone(
+                    layer,
+                    passes.number,
+                    f"a likelihood of reduction {self._likelihood.reduction!r} takes one forward "
+                    f"pass",
+                    "what they add up to is not known; divide the loss by what it sums over "
+                    "(reduction='mean' or 'batchmean')",
+                )
             layer.state["scale"] = passes.scale
             # A layer may see several rows of an example, in one call or in several.
             rows = self._captures[self._layers.index(layer)].rows
@@ -100,11 +109,34 @@ class FisherOptimizer(KroneckerOptimizer):
                 self.average(Factor(layer, "input"), h)
             self.average(Factor(layer, "output"), g)
 
+    @property
+    def _sums(self) -> bool:
+        """Whether the loss is known to be a sum."""
+        return self._likelihood is not None and self._likelihood.reduction in ("sum", "none")
+
     def _per_example(self, layer: Layer, g: Tensor) -> Tensor:
-        """Rows such that G is their mean product, from those of a mean over rows: n g."""
-        layer.state["scale"] = 1.0
-        scale = len(g) / loss_scale(self._grad_scaler, g.device)
+        """Rows such that G is their mean product: n g of a mean over rows, sqrt(n) g of a sum."""
+        self._check_alone(
+            layer,
+            torch._C._current_graph_task_id(),
+            "factors='empirical' takes one backward pass",
+            "the gradients of single examples cannot be told from such parts; pass a likelihood "
+            "and use other factors, or accumulate nothing",
+        )
+        n = len(g)
+        layer.state["scale"] = float(n) if self._sums else 1.0
+        scale = (math.sqrt(n) if self._sums else n) / loss_scale(self._grad_scaler, g.device)
         return accumulate(g) * scale  # in float16 what was scaled would underflow
+
+    def _check_alone(self, layer: Layer, batch: int, rule: str, reason: str) -> None:
+        """Raises if the layer's gradient already holds that of another batch of this step."""
+        last = layer.batch.get("number", batch)
+        if last != batch and layer.module.weight.grad is not None:
+            raise ValueError(
+                f"{rule} a step, but layer {layer.name!r} has had another (gradient "
+                f"accumulation?): {reason}"
+            )
+        layer.batch["number"] = batch
 
     def curvature_scale(self, layer: Layer) -> float:
         # F is that of the loss; the bound is on twice the divergence an example, N / n of it.

@@ -72,9 +72,9 @@ class KFAC(FisherOptimizer):
             backward pass to the layers' outputs on steps with statistics. "gauss_newton": of
             random signs times a root of the curvature at the outputs; the same expectation, less
             noise. "exact": that expectation, with as many passes as there are outputs.
-            "empirical": of the loss itself, which must not be accumulated over micro-batches; no
-            extra pass, but the second moment of the gradients is no Fisher, and vanishes where
-            the fit is good.
+            "empirical": of the loss itself, a mean over rows (with a likelihood of reduction "sum"
+            a sum), in one backward pass a step; no extra pass, but the second moment of the
+            gradients is no Fisher, and vanishes where the fit is good.
         structure: "block_diagonal", or "block_tridiagonal", which also models the interaction of
             each layer with the next (section 3.3; the layers in the order of `model.modules()`,
             each called once in a forward pass) for eigendecompositions at each refresh and about

@@ -253,6 +253,72 @@ def test_gradient_accumulation_is_the_step_of_the_whole_batch(method):
             torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-10)
 
 
+ACCUMULATED = [
+    ("empirical", "mean", "'empirical' takes one backward pass a step, .* layer '(0|2)'"),
+    ("empirical", "sum", "'empirical' takes one backward pass a step, .* layer '(0|2)'"),
+    ("exact", "sum", "reduction 'sum' takes one forward pass a step, .* layer '2' .*'batchmean'"),
+    ("sampled", "none", "reduction 'none' takes one forward pass a step, .* layer '2'"),
+]
+
+
+@pytest.mark.parametrize(("factors", "reduction", "message"), ACCUMULATED)
+@pytest.mark.parametrize("method", METHODS)
+def test_gradient_accumulation_of_unknown_scale_is_refused(method, factors, reduction, message):
+    model = chain(6, 5, 3)
+    likelihood = fused_so.Categorical(reduction=reduction)
+    opt = METHODS[method](model, likelihood=likelihood, factors=factors, statistics_every=1)
+
+    def backward():
+        x, y = batch()
+        loss = nn.functional.cross_entropy(model(x), y, reduction=reduction)
+        loss.sum().backward()
+
+    for clear in (opt.zero_grad, model.zero_grad):  # a GradScaler may have skipped the step
+        clear()
+        backward()
+    kept = {k: v.clone() for k, v in opt.state[model[2].weight].items() if torch.is_tensor(v)}
+    before = parameters(model)
+    with pytest.raises(ValueError, match=message):
+        backward()
+    for key, value in kept.items():
+        assert torch.equal(opt.state[model[2].weight][key], value), key
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    for _ in range(2):
+        opt.zero_grad()
+        backward()
+        opt.step()
+    assert not torch.equal(model[0].weight, before[0])
+
+
+@pytest.mark.parametrize("max_norm", [None, 1e-2])
+@pytest.mark.parametrize("method", METHODS)
+def test_empirical_factors_of_a_sum_are_those_of_the_sum(method, max_norm):
+    models = twins(6, 5, 3)
+    for model, reduction in zip(models, ("mean", "sum"), strict=True):
+        opt = METHODS[method](
+            model, likelihood=fused_so.Categorical(reduction=reduction), factors="empirical",
+            statistics_every=1, max_norm=max_norm,
+        )  # fmt: skip
+        torch.manual_seed(3)
+        for _ in range(3):
+            x, y = batch()
+            opt.zero_grad()
+            nn.functional.cross_entropy(model(x), y, reduction=reduction).backward()
+            opt.step()
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
+
+
+def test_a_layer_called_twice_is_no_accumulation():
+    model = chain(6, 6, 3)
+    opt = fused_so.KFAC(model, statistics_every=1)
+    for _ in range(2):
+        opt.zero_grad()
+        x, y = batch()
+        nn.functional.cross_entropy(model[2](model[0](model[0](x))), y).backward()
+        opt.step()
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_closures_and_schedulers(method):
     models = twins(6, 5, 3)
