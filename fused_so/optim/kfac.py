@@ -65,9 +65,10 @@ class KFAC(FisherOptimizer):
             scale of the loss; with momentum beta, lr / (1 - beta) takes the place of lr.
         likelihood: that of the loss: `fused_so.Categorical()` and the others, or the nn loss in
             use. It must divide by what the loss divides by (`reduction`), and the model's outputs
-            must have the shape it takes, (n, classes, ...). Targets that the loss ignores count:
-            the model's own pass knows of none. None: the factors are
-            "empirical", of a loss that is a mean over rows.
+            must have the shape it takes, (n, classes, ...). Targets that the loss ignores count
+            like others in C, G and N: the model's own pass comes before the loss and knows of
+            none. None: the factors are "empirical", in which ignored targets have no gradient
+            but count as rows.
         factors: whose gradients make G. "sampled": of targets drawn from the model, one more
             backward pass to the layers' outputs on steps with statistics. "gauss_newton": of
             random signs times a root of the curvature at the outputs; the same expectation, less

@@ -560,3 +560,62 @@ def test_bad_options_are_named(method, options, error, message):
     with pytest.raises(error, match=message):
         method(model, **options)
     assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+class Positions(nn.Module):
+    """Logits of every position, their classes last, second, or with the positions as rows."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.layers, self.form = chain(6, 5, 3), form
+
+    def forward(self, x):
+        f = self.layers(x)
+        return {"last": f, "second": f.transpose(1, 2), "rows": f.flatten(0, 1)}[self.form]
+
+
+def positions_loss(f, y, form):
+    if form == "rows":
+        return nn.functional.cross_entropy(f, y.flatten())
+    return nn.functional.cross_entropy(f.transpose(1, 2) if form == "last" else f, y)
+
+
+@pytest.mark.parametrize("positions", [1, 7])
+@pytest.mark.parametrize("factors", ["sampled", "gauss_newton", "exact"])
+def test_classes_in_the_last_dimension_are_refused(factors, positions):
+    model = Positions("last")
+    opt = build("KFAC", model, factors=factors)
+    before = parameters(model)
+    x, y = torch.randn(4, positions, 6, dtype=DOUBLE), torch.randint(0, 3, (4, positions))
+    shape = rf"\(4, {positions}, 3\)"
+    with pytest.raises(ValueError, match=f"outputs of shape {shape} .* over dimension 2"):
+        positions_loss(model(x), y, "last").backward()
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    del opt
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_positions_are_rows_wherever_the_classes_may_be(method):
+    models = [Positions("second"), Positions("rows")]
+    models[1].load_state_dict(models[0].state_dict())
+    for model in models:
+        # A bound would be on the divergence of an example: of all its positions, or of one.
+        opt = build(method, model, 0.1, factors="exact", statistics_every=1, max_norm=None)
+        torch.manual_seed(2)
+        for _ in range(3):
+            x, y = torch.randn(4, 7, 6, dtype=DOUBLE), torch.randint(0, 3, (4, 7))
+            opt.zero_grad()
+            positions_loss(model(x), y, model.form).backward()
+            opt.step()
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-10)
+
+
+def test_other_losses_on_positions_are_let_pass():
+    model = Positions("second")
+    opt = build("KFAC", model)
+    for loss in (lambda f: 0 * f.sum(), lambda f: f.square().mean(), lambda f: f.sum()):
+        opt.zero_grad()
+        loss(model(torch.randn(4, 7, 6, dtype=DOUBLE))).backward()
+        opt.step()
