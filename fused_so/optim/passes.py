@@ -109,14 +109,13 @@ class OutputPasses:
         sums = torch.stack([g.sum(d).abs().sum() for d in range(1, g.ndim)]) / g.abs().sum()
         over = sums.tolist()
         self._knows_classes = all(map(math.isfinite, over))
-        found = over.index(min(over)) + 1 if self._knows_classes else 1
-        if found > 1 and over[found - 1] < _ZERO and over[0] > 10 * over[found - 1]:
+        if over[0] > max(_ZERO, 10 * min(over)) and min(over) < _ZERO:
             self._knows_classes = False
             raise ValueError(
                 f"outputs of shape {tuple(g.shape)} must have their classes in dimension 1, as "
                 f"nn.CrossEntropyLoss has, but the gradient of the loss sums to 0 over dimension "
-                f"{found}, as over classes; return (n, classes, ...) from the model, or one row a "
-                f"target"
+                f"{1 + over.index(min(over))}, as over classes; return (n, classes, ...) from the "
+                f"model, or one row a target"
             )
 
     @torch.no_grad()

@@ -615,7 +615,16 @@ def test_positions_are_rows_wherever_the_classes_may_be(method):
 def test_other_losses_on_positions_are_let_pass():
     model = Positions("second")
     opt = build("KFAC", model)
-    for loss in (lambda f: 0 * f.sum(), lambda f: f.square().mean(), lambda f: f.sum()):
+    both = torch.randn(4, 3, 7, dtype=DOUBLE)
+    both = both - both.mean(1, keepdim=True)
+    both = both - both.mean(2, keepdim=True) + 1e-4 * torch.tensor([1.0, -1, 1, -1, 1, -1, 0])
+    for loss in (
+        lambda f: 0 * f.sum(),
+        lambda f: (both * f).sum(),
+        lambda f: f.square().mean(),
+        lambda f: f.sum(),
+    ):
+        opt._passes._knows_classes = False
         opt.zero_grad()
         loss(model(torch.randn(4, 7, 6, dtype=DOUBLE))).backward()
         opt.step()
