@@ -84,17 +84,15 @@ class FisherOptimizer(KroneckerOptimizer):
             super().receive(layer, h, g)
         elif passes.rows is None:
             # The user's own backward pass: only what preconditioning by rows needs.
-            self._keep_rows(layer, h, g)
-        else:
             if self._sums:
                 self._check_alone(
                     layer,
-                    passes.number,
-                    f"a likelihood of reduction {self._likelihood.reduction!r} takes one forward "
-                    f"pass",
-                    "what they add up to is not known; divide the loss by what it sums over "
-                    "(reduction='mean' or 'batchmean')",
+                    f"a likelihood of reduction {self._likelihood.reduction!r}",
+                    "how much they sum is not known to the curvature; divide the loss by what it "
+                    "sums over (reduction='mean' or 'batchmean')",
                 )
+            self._keep_rows(layer, h, g)
+        else:
             layer.state["scale"] = passes.scale
             # A layer may see several rows of an example, in one call or in several.
             rows = self._captures[self._layers.index(layer)].rows
@@ -118,8 +116,7 @@ class FisherOptimizer(KroneckerOptimizer):
         """Rows such that G is their mean product: n g of a mean over rows, sqrt(n) g of a sum."""
         self._check_alone(
             layer,
-            torch._C._current_graph_task_id(),
-            "factors='empirical' takes one backward pass",
+            "factors='empirical'",
             "the gradients of single examples cannot be told from such parts; pass a likelihood "
             "and use other factors, or accumulate nothing",
         )
@@ -128,15 +125,16 @@ class FisherOptimizer(KroneckerOptimizer):
         scale = (math.sqrt(n) if self._sums else n) / loss_scale(self._grad_scaler, g.device)
         return accumulate(g) * scale  # in float16 what was scaled would underflow
 
-    def _check_alone(self, layer: Layer, batch: int, rule: str, reason: str) -> None:
-        """Raises if the layer's gradient already holds that of another batch of this step."""
-        last = layer.batch.get("number", batch)
-        if last != batch and layer.module.weight.grad is not None:
+    def _check_alone(self, layer: Layer, setting: str, reason: str) -> None:
+        """Raises if the layer's gradient already holds that of another backward pass."""
+        backward = torch._C._current_graph_task_id()
+        last = layer.batch.setdefault("backward", backward)
+        if last != backward and layer.module.weight.grad is not None:
             raise ValueError(
-                f"{rule} a step, but layer {layer.name!r} has had another (gradient "
-                f"accumulation?): {reason}"
+                f"{setting} takes one backward pass a step, but layer {layer.name!r} has had "
+                f"another (gradient accumulation?): {reason}"
             )
-        layer.batch["number"] = batch
+        layer.batch["backward"] = backward
 
     def curvature_scale(self, layer: Layer) -> float:
         # F is that of the loss; the bound is on twice the divergence an example, N / n of it.

@@ -33,8 +33,7 @@ class OutputPasses:
     While `wanted()`, a forward pass of the model in grad mode ends with the passes of `kind`; the
     captures' hooks then receive each layer's rows, scaled so that the output factor is the mean of
     their products. Meanwhile `rows` is the number of examples (None at all other times), `scale`
-    that over N, `number` counts the forward passes, and `first` says whether the pass is the first
-    after its own.
+    that over N, and `first` says whether the pass is the first after its forward pass.
 
     Args:
         model, likelihood, kind: what is differentiated, and from what.
@@ -52,7 +51,6 @@ class OutputPasses:
     ):
         self.rows: int | None = None
         self._knows_classes = not isinstance(likelihood, Categorical)
-        self.number = 0
         self.first = False
         self.scale = 1.0
         self._likelihood, self._kind = likelihood, kind
@@ -86,7 +84,6 @@ class OutputPasses:
             )
         if outputs.numel() == 0:
             return
-        self.number += 1
         try:
             for first, scores in enumerate(self._scores(outputs.detach())):
                 self.first = first == 0
