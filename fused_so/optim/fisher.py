@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fused_so._dtypes import accumulate
 from fused_so.likelihoods import Likelihood, likelihood_of
-from fused_so.optim.base import check_choice, check_grad_scaler, check_number, loss_scale
+from fused_so.optim.base import check_choice, check_grad_scaler, loss_scale
 from fused_so.optim.kronecker import Factor, KroneckerOptimizer
 from fused_so.optim.layers import Layer
 from fused_so.optim.passes import SAMPLED, OutputPasses
@@ -64,11 +64,6 @@ class FisherOptimizer(KroneckerOptimizer):
             self._passes = OutputPasses(
                 self._model, likelihood, factors, self._captures, self._wants_passes
             )
-
-    def check_group(self, group: dict[str, Any]) -> None:
-        super().check_group(group)
-        check_number("damping", group["damping"], 0.0)
-        check_number("relative_damping", group["relative_damping"], 0.0)
 
     def _choices(self) -> dict[str, Any]:
         return {**super()._choices(), "factors": self._factors}

@@ -75,6 +75,8 @@ class KroneckerOptimizer(LayerOptimizer):
         super().check_group(group)
         if "inverse_every" not in group:
             return
+        check_number("damping", group["damping"], 0.0)
+        check_number("relative_damping", group["relative_damping"], 0.0)
         check_number("decay", group["decay"], 0.0, 1.0)
         check_count("statistics_every", group["statistics_every"])
         if group["inverse_every"] != "auto":
