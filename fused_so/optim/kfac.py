@@ -79,7 +79,7 @@ class KFAC(FisherOptimizer):
         structure: "block_diagonal", or "block_tridiagonal", which also models the interaction of
             each layer with the next (section 3.3; the layers in the order of `model.modules()`,
             each called once in a forward pass) for eigendecompositions at each refresh and about
-            three times the products a step; its statistics have to be good to be worth it.
+            three times the products a step; whether an update gains by it depends on the problem.
         damping: lambda >= 0, in units of the loss's curvature.
         relative_damping: delta >= 0, relative to the mean curvature of the layer.
         momentum: of the preconditioned updates, in [0, 1]. The default is none: early steps,
