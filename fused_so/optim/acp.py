@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_so.optim.base import check_grad_scaler, check_number, loss_scale
+from fused_so.optim.base import check_choice, check_grad_scaler, check_number, loss_scale
 from fused_so.optim.kronecker import Factor, KroneckerOptimizer
 from fused_so.optim.layers import Layer
 
@@ -97,8 +97,7 @@ class ACP(KroneckerOptimizer):
         grad_scaler: torch.amp.GradScaler | None = None,
         params: Iterable | None = None,
     ):
-        if loss_reduction not in ("mean", "sum"):
-            raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
+        check_choice("loss_reduction", loss_reduction, ("mean", "sum"))
         check_grad_scaler(grad_scaler)
         self._loss_reduction = loss_reduction
         self._grad_scaler = grad_scaler
@@ -126,8 +125,6 @@ class ACP(KroneckerOptimizer):
                 raise ValueError(f"alpha must be a number or one of {HEURISTICS}, got {alpha!r}")
         else:
             check_number("alpha", alpha, 0.0, positive=True)
-        check_number("damping", group["damping"], 0.0)
-        check_number("relative_damping", group["relative_damping"], 0.0)
 
     def observes(self, layer: Layer) -> bool:
         return layer.group["alpha"] in HEURISTICS or self.averages(layer)

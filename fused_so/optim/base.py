@@ -203,6 +203,7 @@ class ModelOptimizer(torch.optim.Optimizer):
             "optimizer": type(self).__name__,
             "layers": self._layer_shapes(),
             "shapes": self._parameter_shapes(),
+            "choices": self._choices(),
             "steps": self._steps,
         }
 
@@ -217,7 +218,8 @@ class ModelOptimizer(torch.optim.Optimizer):
         """Resumes bit for bit from `state_dict`; nothing is changed if it is not of this model.
 
         Raises:
-            ValueError: the checkpoint is of another optimizer or architecture.
+            ValueError: the checkpoint is of another optimizer or architecture, or of other choices
+                (`factors`, `structure`, `recipe`).
         """
         self._check_checkpoint(state_dict)
         super().load_state_dict(state_dict)
@@ -234,11 +236,15 @@ class ModelOptimizer(torch.optim.Optimizer):
         """(in, out, bias) of every layer that is treated as one."""
         return {}
 
+    def _choices(self) -> dict[str, Any]:
+        """The arguments of the whole optimizer that decide what its state means."""
+        return {}
+
     def _parameter_shapes(self) -> list[tuple[int, ...]]:
         return [tuple(p.shape) for group in self.param_groups for p in group["params"]]
 
     def _check_checkpoint(self, state_dict: dict[str, Any]) -> None:
-        keys = {"state", "param_groups", "optimizer", "layers", "shapes", "steps"}
+        keys = {"state", "param_groups", "optimizer", "layers", "shapes", "choices", "steps"}
         missing = keys - set(state_dict)
         if missing:
             raise ValueError(
@@ -262,6 +268,13 @@ class ModelOptimizer(torch.optim.Optimizer):
                 f"state_dict must be of this architecture; its parameters have shapes "
                 f"{saved_shapes}, these have {self._parameter_shapes()}"
             )
+        for name, chosen in self._choices().items():
+            there = state_dict["choices"].get(name)
+            if there != chosen:
+                raise ValueError(
+                    f"{name} must be that of the checkpoint, but is {chosen!r} here and {there!r} "
+                    f"there"
+                )
         for there in state_dict["param_groups"]:
             lacking = set(self.defaults) - set(there)
             if lacking:

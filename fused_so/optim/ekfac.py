@@ -37,8 +37,8 @@ class EKFAC(FisherOptimizer):
         factors: as for `KFAC`, of C and G and of S.
         damping: lambda >= 0, in units of the loss's curvature; weight_decay is added to it.
         relative_damping: delta >= 0, relative to the mean of S over the layer.
-        inverse_every: renew the eigenbases every so many steps, or "auto"; S starts again from
-            the products of eigenvalues.
+        inverse_every: renew the eigenbases every so many steps, or "auto", which compares the
+            factors but for their scale; S starts again from the products of eigenvalues.
         diagonal_every: average S every so many steps, with the same decay. Each time costs about
             what preconditioning costs, and, unless factors are "empirical", the extra pass.
 
@@ -148,18 +148,27 @@ class EKFAC(FisherOptimizer):
     def invert_factors(self, layers: list[Layer]) -> None:
         for layer in layers:
             state = layer.state
+            dampings = self.dampings(layer)
             for factor in self.factors(layer):
                 values, basis = eigenbasis(factor.get("covariance"))
                 state[factor.key("values")], state[factor.key("basis")] = values, basis
+                state[factor.key("basis_damping")] = dampings[factor.side]
             inputs = state["values"]
             if layer.centered:
                 inputs = torch.cat([inputs, inputs.new_ones(1)])
             state["diagonal"] = state["output_values"][:, None] * inputs
             state["diagonal_examples"] = state["output_examples"]
 
+    def damped_product(self, factor: Factor, damping: Tensor, v: Tensor) -> Tensor:
+        # Of a basis only the shape of C matters: at the scale and with the damping of then.
+        covariance, values = factor.get("covariance"), factor.get("values")
+        trace = covariance.diagonal().sum()
+        scale = torch.where(trace > 0, values.sum() / trace, 1.0)
+        return scale * (covariance @ v) + factor.get("basis_damping") * v
+
     def solve(self, factor: Factor, v: Tensor) -> Tensor:
         values, basis = factor.get("values"), factor.get("basis")
-        return basis @ ((basis.mT @ v) / (values + self.dampings(factor.layer)[factor.side]))
+        return basis @ ((basis.mT @ v) / (values + factor.get("basis_damping")))
 
     def precondition(self, layer: Layer) -> tuple[Tensor, Tensor] | None:
         if not layer.inverted:

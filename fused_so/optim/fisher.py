@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fused_so._dtypes import accumulate
 from fused_so.likelihoods import Likelihood, likelihood_of
-from fused_so.optim.base import check_choice, check_grad_scaler, check_number, loss_scale
+from fused_so.optim.base import check_choice, check_grad_scaler, loss_scale
 from fused_so.optim.kronecker import Factor, KroneckerOptimizer
 from fused_so.optim.layers import Layer
 from fused_so.optim.passes import SAMPLED, OutputPasses
@@ -65,10 +65,8 @@ class FisherOptimizer(KroneckerOptimizer):
                 self._model, likelihood, factors, self._captures, self._wants_passes
             )
 
-    def check_group(self, group: dict[str, Any]) -> None:
-        super().check_group(group)
-        check_number("damping", group["damping"], 0.0)
-        check_number("relative_damping", group["relative_damping"], 0.0)
+    def _choices(self) -> dict[str, Any]:
+        return {**super()._choices(), "factors": self._factors}
 
     # Statistics.
 
@@ -81,6 +79,13 @@ class FisherOptimizer(KroneckerOptimizer):
             super().receive(layer, h, g)
         elif passes.rows is None:
             # The user's own backward pass: only what preconditioning by rows needs.
+            if self._sums:
+                self._check_alone(
+                    layer,
+                    f"a likelihood of reduction {self._likelihood.reduction!r}",
+                    "how much they sum is not known to the curvature; divide the loss by what it "
+                    "sums over (reduction='mean' or 'batchmean')",
+                )
             self._keep_rows(layer, h, g)
         else:
             layer.state["scale"] = passes.scale
@@ -97,11 +102,34 @@ class FisherOptimizer(KroneckerOptimizer):
                 self.average(Factor(layer, "input"), h)
             self.average(Factor(layer, "output"), g)
 
+    @property
+    def _sums(self) -> bool:
+        """Whether the loss is known to be a sum."""
+        return self._likelihood is not None and self._likelihood.reduction in ("sum", "none")
+
     def _per_example(self, layer: Layer, g: Tensor) -> Tensor:
-        """Rows such that G is their mean product, from those of a mean over rows: n g."""
-        layer.state["scale"] = 1.0
-        scale = len(g) / loss_scale(self._grad_scaler, g.device)
+        """Rows such that G is their mean product: n g of a mean over rows, sqrt(n) g of a sum."""
+        self._check_alone(
+            layer,
+            "factors='empirical'",
+            "the gradients of single examples cannot be told from such parts; pass a likelihood "
+            "and use other factors, or accumulate nothing",
+        )
+        n = len(g)
+        layer.state["scale"] = float(n) if self._sums else 1.0
+        scale = (math.sqrt(n) if self._sums else n) / loss_scale(self._grad_scaler, g.device)
         return accumulate(g) * scale  # in float16 what was scaled would underflow
+
+    def _check_alone(self, layer: Layer, setting: str, reason: str) -> None:
+        """Raises if the layer's gradient already holds that of another backward pass."""
+        backward = torch._C._current_graph_task_id()
+        last = layer.batch.setdefault("backward", backward)
+        if last != backward and layer.module.weight.grad is not None:
+            raise ValueError(
+                f"{setting} takes one backward pass a step, but layer {layer.name!r} has had "
+                f"another (gradient accumulation?): {reason}"
+            )
+        layer.batch["backward"] = backward
 
     def curvature_scale(self, layer: Layer) -> float:
         # F is that of the loss; the bound is on twice the divergence an example, N / n of it.

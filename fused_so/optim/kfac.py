@@ -65,20 +65,21 @@ class KFAC(FisherOptimizer):
             scale of the loss; with momentum beta, lr / (1 - beta) takes the place of lr.
         likelihood: that of the loss: `fused_so.Categorical()` and the others, or the nn loss in
             use. It must divide by what the loss divides by (`reduction`), and the model's outputs
-            must have the shape it takes, (n, classes, ...). Targets that the loss ignores count:
-            the model's own pass knows of none. None: the factors are
-            "empirical", of a loss that is a mean over rows.
+            must have the shape it takes, (n, classes, ...). Targets that the loss ignores count
+            like others in C, G and N: the model's own pass comes before the loss and knows of
+            none. None: the factors are "empirical", in which ignored targets have no gradient
+            but count as rows.
         factors: whose gradients make G. "sampled": of targets drawn from the model, one more
             backward pass to the layers' outputs on steps with statistics. "gauss_newton": of
             random signs times a root of the curvature at the outputs; the same expectation, less
             noise. "exact": that expectation, with as many passes as there are outputs.
-            "empirical": of the loss itself, which must not be accumulated over micro-batches; no
-            extra pass, but the second moment of the gradients is no Fisher, and vanishes where
-            the fit is good.
+            "empirical": of the loss itself, a mean over rows (with a likelihood of reduction "sum"
+            a sum), in one backward pass a step; no extra pass, but the second moment of the
+            gradients is no Fisher, and vanishes where the fit is good.
         structure: "block_diagonal", or "block_tridiagonal", which also models the interaction of
             each layer with the next (section 3.3; the layers in the order of `model.modules()`,
             each called once in a forward pass) for eigendecompositions at each refresh and about
-            three times the products a step.
+            three times the products a step; whether an update gains by it depends on the problem.
         damping: lambda >= 0, in units of the loss's curvature.
         relative_damping: delta >= 0, relative to the mean curvature of the layer.
         momentum: of the preconditioned updates, in [0, 1]. The default is none: early steps,
@@ -99,6 +100,7 @@ class KFAC(FisherOptimizer):
             damping are adapted, and step size and momentum come from the exact Fisher's
             quadratic model on the batch; momentum, nesterov and max_norm are ignored. Now and
             then the closure is called again, and must compute the loss of the same batch. The
+            model must have forward-mode derivatives, and parameters in float32 or float64. The
             options whose default is None have one that depends on the recipe.
         grad_scaler: the torch.amp.GradScaler in use, if any; only "empirical" depends on it.
         params: parameters or param groups, as for `ACP`; recipe="paper" takes one group.
@@ -165,7 +167,18 @@ class KFAC(FisherOptimizer):
         if structure == "block_tridiagonal":
             self._tridiagonal = TridiagonalInverse(self)
         if recipe == "paper":
-            self._recipe = PaperRecipe(self)
+            try:
+                self._recipe = PaperRecipe(self)
+            except ValueError:
+                self.remove_hooks()
+                raise
+
+    def _choices(self) -> dict[str, Any]:
+        return {
+            **super()._choices(),
+            "structure": STRUCTURES[self._tridiagonal is not None],
+            "recipe": None if self._recipe is None else "paper",
+        }
 
     def dampings(self, layer: Layer) -> dict[str, Tensor]:
         group = layer.group

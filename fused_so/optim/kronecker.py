@@ -75,6 +75,8 @@ class KroneckerOptimizer(LayerOptimizer):
         super().check_group(group)
         if "inverse_every" not in group:
             return
+        check_number("damping", group["damping"], 0.0)
+        check_number("relative_damping", group["relative_damping"], 0.0)
         check_number("decay", group["decay"], 0.0, 1.0)
         check_count("statistics_every", group["statistics_every"])
         if group["inverse_every"] != "auto":
@@ -336,9 +338,13 @@ class KroneckerOptimizer(LayerOptimizer):
             covariance = factor.get("covariance")
             v = probe(len(covariance), covariance.dtype, covariance.device)
             av = self.solve(factor, v)
-            residual = covariance @ av + dampings[factor.side] * av - v
+            residual = self.damped_product(factor, dampings[factor.side], av) - v
             residuals.append(residual.norm() / v.norm())
         return torch.stack(residuals).amax()
+
+    def damped_product(self, factor: Factor, damping: Tensor, v: Tensor) -> Tensor:
+        """(C + lambda I) v as they are now, lambda being `damping`."""
+        return factor.get("covariance") @ v + damping * v
 
     def solve(self, factor: Factor, v: Tensor) -> Tensor:
         """(C + lambda I)^-1 v, with C and lambda as they were at the last refresh."""

@@ -190,7 +190,7 @@ class LayerOptimizer(ModelOptimizer):
         """Resumes bit for bit from `state_dict`; nothing is changed if it is not of this model.
 
         Raises:
-            ValueError: the checkpoint is of another optimizer or architecture.
+            ValueError: the checkpoint is of another optimizer or architecture, or of other choices.
         """
         super().load_state_dict(state_dict)
         self._bind_layers()

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from fused_so.optim.base import check_number
 from fused_so.optim.eigen import eigenbasis
 from fused_so.optim.kronecker import Factor, KroneckerOptimizer
 from fused_so.optim.layers import Layer
@@ -88,11 +87,6 @@ class NNN(KroneckerOptimizer):
             "max_norm": max_norm,
         }
         super().__init__(model, options, params)
-
-    def check_group(self, group: dict) -> None:
-        super().check_group(group)
-        check_number("damping", group["damping"], 0.0)
-        check_number("relative_damping", group["relative_damping"], 0.0)
 
     def observe(self, layer: Layer, h: Tensor, g: Tensor) -> None:
         if self.averages(layer):

@@ -19,10 +19,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from fused_so._dtypes import accumulate
 from fused_so.capture import Capture, Hook
-from fused_so.likelihoods import Likelihood
+from fused_so.likelihoods import Categorical, Likelihood
 
 SAMPLED = ("sampled", "gauss_newton", "exact")
+_ZERO = 1e-2  # rounding, of a relative sum
 
 
 class OutputPasses:
@@ -48,6 +50,7 @@ class OutputPasses:
         wanted: Callable[[], bool],
     ):
         self.rows: int | None = None
+        self._knows_classes = not isinstance(likelihood, Categorical)
         self.first = False
         self.scale = 1.0
         self._likelihood, self._kind = likelihood, kind
@@ -89,6 +92,28 @@ class OutputPasses:
                 )
         finally:
             self.rows = None
+        if not self._knows_classes and outputs.ndim > 2 and outputs.requires_grad:
+            outputs.register_hook(self._check_classes)
+
+    def _check_classes(self, g: Tensor) -> None:
+        """Raises if the loss's gradient g shows its classes in a dimension that is not the second.
+
+        That of a cross-entropy, softmax(f) - e_y, sums to 0 over the classes. Looked at once, with
+        gradients that tell; any other loss is let pass.
+        """
+        g = accumulate(g.detach())
+        # sum |sum_d g| / sum |g|, dimension by dimension
+        sums = torch.stack([g.sum(d).abs().sum() for d in range(1, g.ndim)]) / g.abs().sum()
+        over = sums.tolist()
+        self._knows_classes = all(map(math.isfinite, over))
+        if over[0] > max(_ZERO, 10 * min(over)) and min(over) < _ZERO:
+            self._knows_classes = False
+            raise ValueError(
+                f"outputs of shape {tuple(g.shape)} must have their classes in dimension 1, as "
+                f"nn.CrossEntropyLoss has, but the gradient of the loss sums to 0 over dimension "
+                f"{1 + over.index(min(over))}, as over classes; return (n, classes, ...) from the "
+                f"model, or one row a target"
+            )
 
     @torch.no_grad()
     def _scores(self, outputs: Tensor) -> Iterator[Tensor]:

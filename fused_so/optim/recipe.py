@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fused_so.capture import Hook
 from fused_so.optim.base import Update
@@ -51,9 +52,18 @@ class PaperRecipe:
             handle.remove()
 
     def check(self) -> None:
-        """Raises if there are several param groups."""
-        if len(self._optimizer.param_groups) > 1:
+        """Raises if there are several param groups, or parameters of half precision."""
+        groups = self._optimizer.param_groups
+        if len(groups) > 1:
             raise ValueError("params must be one group for recipe='paper', got several")
+        for param in groups[0]["params"]:
+            # The strong damping of the beginning makes steps of less than half an ulp.
+            if param.dtype not in (torch.float32, torch.float64):
+                raise ValueError(
+                    f"params must be float32 or float64 for recipe='paper', got {param.dtype}, in "
+                    f"which its short steps round to nothing; keep them in float32 and run the "
+                    f"model under torch.autocast"
+                )
 
     def _begin(self, *_: Any) -> None:
         if torch.is_grad_enabled():
@@ -167,7 +177,7 @@ class PaperRecipe:
         images = []
         for step in steps:
             tangent = {names[u.param]: s for u, s in zip(updates, step, strict=True)}
-            with self._same_network():
+            with self._same_network(), _forward_mode():
                 _, moved = torch.func.jvp(run, (at,), (tangent,))
             images.append(likelihood.curvature_sqrt_product(outputs, moved, transposed=True))
         flat = torch.stack([image.flatten() for image in images]).double()
@@ -209,6 +219,21 @@ class PaperRecipe:
         squares = sum(p.detach().double().square().sum().item() for p in group["params"])
         loss = loss.item() if isinstance(loss, Tensor) else float(loss)
         return loss + 0.5 * group["weight_decay"] * squares
+
+
+@contextmanager
+def _forward_mode() -> Iterator[None]:
+    """Attention by operations that have forward-mode derivatives; of others an error is clear."""
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    except RuntimeError as error:
+        if "forward" not in str(error):
+            raise
+        raise NotImplementedError(
+            f"recipe='paper' takes forward-mode derivatives of the model, which one of its "
+            f"operations does not have ({error}); use recipe=None"
+        ) from error
 
 
 def _inner(one: list[list[Tensor]], two: list[list[Tensor]]) -> Tensor:

@@ -198,6 +198,41 @@ def test_other_architectures_are_refused_and_change_nothing(method):
         copy.deepcopy(opt)
 
 
+KFAC_CHOICES = {
+    "factors": ({"factors": "exact"}, {"factors": "gauss_newton"}),
+    "structure": ({"structure": "block_diagonal"}, {"structure": "block_tridiagonal"}),
+    "recipe": ({"recipe": None}, {"recipe": "paper"}),
+}
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("choice", KFAC_CHOICES)
+def test_other_choices_are_refused_and_change_nothing(choice, swapped):
+    mine, other = reversed(KFAC_CHOICES[choice]) if swapped else KFAC_CHOICES[choice]
+    options = {"likelihood": fused_so.Categorical(), "inverse_every": 3}
+    model = chain(6, 5, 3)
+    opt = fused_so.KFAC(model, **options | mine)
+    model(batch()[0]).sum().backward()
+    before = copy.deepcopy(opt.state_dict())
+    there = fused_so.KFAC(chain(6, 5, 3), **options | other | {"inverse_every": 7}).state_dict()
+    a, b = (repr(chosen[choice]) for chosen in (mine, other))
+    with pytest.raises(ValueError, match=f"{choice} .* {a} here and {b} there"):
+        opt.load_state_dict(there)
+    after = opt.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    for index, state in before["state"].items():
+        for key, value in state.items():
+            same = torch.equal if torch.is_tensor(value) else lambda a, b: a == b
+            assert same(after["state"][index][key], value)
+
+
+def test_ekfac_refuses_other_factors():
+    there = build("EKFAC", chain(6, 5, 3), factors="empirical").state_dict()
+    opt = build("EKFAC", chain(6, 5, 3))
+    with pytest.raises(ValueError, match="factors .* 'sampled' here and 'empirical' there"):
+        opt.load_state_dict(there)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_gradient_accumulation_is_the_step_of_the_whole_batch(method):
     whole, parts = twins(6, 5, 3)
@@ -216,6 +251,73 @@ def test_gradient_accumulation_is_the_step_of_the_whole_batch(method):
             opt.step()
         for p, q in zip(whole.parameters(), parts.parameters(), strict=True):
             torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-10)
+
+
+ACCUMULATED = [
+    ("empirical", "mean", "'empirical' takes one backward pass a step, .* layer '(0|2)'"),
+    ("empirical", "sum", "'empirical' takes one backward pass a step, .* layer '(0|2)'"),
+    ("exact", "sum", "reduction 'sum' takes one backward pass a step, .* layer '2' .*'batchmean'"),
+    ("sampled", "none", "reduction 'none' takes one backward pass a step, .* layer '2'"),
+]
+
+
+@pytest.mark.parametrize(("factors", "reduction", "message"), ACCUMULATED)
+@pytest.mark.parametrize("method", METHODS)
+def test_gradient_accumulation_of_unknown_scale_is_refused(method, factors, reduction, message):
+    model = chain(6, 5, 3)
+    likelihood = fused_so.Categorical(reduction=reduction)
+    opt = METHODS[method](model, likelihood=likelihood, factors=factors, statistics_every=1)
+
+    def backward():
+        x, y = batch()
+        loss = nn.functional.cross_entropy(model(x), y, reduction=reduction)
+        loss.sum().backward()
+
+    for clear in (opt.zero_grad, model.zero_grad):  # a GradScaler may have skipped the step
+        clear()
+        backward()
+    kept = {k: v.clone() for k, v in opt.state[model[2].weight].items() if torch.is_tensor(v)}
+    before = parameters(model)
+    with pytest.raises(ValueError, match=message):
+        backward()
+    if factors == "empirical":  # others learn from the forward pass
+        for key, value in kept.items():
+            assert torch.equal(opt.state[model[2].weight][key], value), key
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    for _ in range(2):
+        opt.zero_grad()
+        backward()
+        opt.step()
+    assert not torch.equal(model[0].weight, before[0])
+
+
+@pytest.mark.parametrize("max_norm", [None, 1e-2])
+@pytest.mark.parametrize("method", METHODS)
+def test_empirical_factors_of_a_sum_are_those_of_the_sum(method, max_norm):
+    models = twins(6, 5, 3)
+    for model, reduction in zip(models, ("mean", "sum"), strict=True):
+        opt = METHODS[method](
+            model, likelihood=fused_so.Categorical(reduction=reduction), factors="empirical",
+            statistics_every=1, max_norm=max_norm,
+        )  # fmt: skip
+        torch.manual_seed(3)
+        for _ in range(3):
+            x, y = batch()
+            opt.zero_grad()
+            nn.functional.cross_entropy(model(x), y, reduction=reduction).backward()
+            opt.step()
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
+
+
+def test_a_layer_called_twice_is_no_accumulation():
+    model = chain(6, 6, 3)
+    opt = fused_so.KFAC(model, statistics_every=1)
+    for _ in range(2):
+        opt.zero_grad()
+        x, y = batch()
+        nn.functional.cross_entropy(model[2](model[0](model[0](x))), y).backward()
+        opt.step()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -459,3 +561,71 @@ def test_bad_options_are_named(method, options, error, message):
     with pytest.raises(error, match=message):
         method(model, **options)
     assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+class Positions(nn.Module):
+    """Logits of every position, their classes last, second, or with the positions as rows."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.layers, self.form = chain(6, 5, 3), form
+
+    def forward(self, x):
+        f = self.layers(x)
+        return {"last": f, "second": f.transpose(1, 2), "rows": f.flatten(0, 1)}[self.form]
+
+
+def positions_loss(f, y, form):
+    if form == "rows":
+        return nn.functional.cross_entropy(f, y.flatten())
+    return nn.functional.cross_entropy(f.transpose(1, 2) if form == "last" else f, y)
+
+
+@pytest.mark.parametrize("positions", [1, 7])
+@pytest.mark.parametrize("factors", ["sampled", "gauss_newton", "exact"])
+def test_classes_in_the_last_dimension_are_refused(factors, positions):
+    model = Positions("last")
+    opt = build("KFAC", model, factors=factors)
+    before = parameters(model)
+    x, y = torch.randn(4, positions, 6, dtype=DOUBLE), torch.randint(0, 3, (4, positions))
+    shape = rf"\(4, {positions}, 3\)"
+    with pytest.raises(ValueError, match=f"outputs of shape {shape} .* over dimension 2"):
+        positions_loss(model(x), y, "last").backward()
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    del opt
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_positions_are_rows_wherever_the_classes_may_be(method):
+    models = [Positions("second"), Positions("rows")]
+    models[1].load_state_dict(models[0].state_dict())
+    for model in models:
+        # A bound would be on the divergence of an example: of all its positions, or of one.
+        opt = build(method, model, 0.1, factors="exact", statistics_every=1, max_norm=None)
+        torch.manual_seed(2)
+        for _ in range(3):
+            x, y = torch.randn(4, 7, 6, dtype=DOUBLE), torch.randint(0, 3, (4, 7))
+            opt.zero_grad()
+            positions_loss(model(x), y, model.form).backward()
+            opt.step()
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-10)
+
+
+def test_other_losses_on_positions_are_let_pass():
+    model = Positions("second")
+    opt = build("KFAC", model)
+    both = torch.randn(4, 3, 7, dtype=DOUBLE)
+    both = both - both.mean(1, keepdim=True)
+    both = both - both.mean(2, keepdim=True) + 1e-4 * torch.tensor([1.0, -1, 1, -1, 1, -1, 0])
+    for loss in (
+        lambda f: 0 * f.sum(),
+        lambda f: (both * f).sum(),
+        lambda f: f.square().mean(),
+        lambda f: f.sum(),
+    ):
+        opt._passes._knows_classes = False
+        opt.zero_grad()
+        loss(model(torch.randn(4, 7, 6, dtype=DOUBLE))).backward()
+        opt.step()

@@ -388,3 +388,85 @@ def test_a_model_that_is_not_finite_takes_no_step():
             closure_of(model, opt, torch.randn(9, 4, dtype=DOUBLE), torch.randn(9, 2).double())
         )
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_parameters_are_refused(dtype):
+    model = chain(4, 4, 3).to(dtype)
+    message = f"float32 or float64 for recipe='paper', got {dtype}, .*torch.autocast"
+    with pytest.raises(ValueError, match=message):
+        paper(model)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_autocast_moves_where_the_parameters_are_float32():
+    model = chain(4, 4, 3, dtype=torch.float32)
+    opt = paper(model)
+    x, y = torch.randn(30, 4), torch.randint(0, 3, (30,))
+    before = parameters(model)
+
+    def closure():
+        opt.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = cross_entropy(model(x).float(), y)
+        loss.backward()
+        return loss
+
+    first = closure().item()
+    for _ in range(6):
+        opt.step(closure)
+    assert closure().item() < first
+    assert all(not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+class Attention(nn.Module):
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 12, dtype=dtype), nn.Linear(4, 3, dtype=dtype)
+
+    def forward(self, x):
+        q, k, v = self.first(x).chunk(3, -1)
+        h = nn.functional.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])
+        return self.last(h[:, 0].mean(1))
+
+
+def test_attention_is_differentiated_forwards():
+    model = Attention()
+    opt = paper(model)
+    x, y = torch.randn(20, 6, 4), torch.randint(0, 3, (20,))
+    first = cross_entropy(model(x), y).item()
+    for _ in range(6):
+        opt.step(closure_of(model, opt, x, y))
+    with torch.no_grad():
+        assert cross_entropy(model(x), y) < first
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+class Backwards(torch.autograd.Function):
+    """x, without a forward-mode derivative."""
+
+    @staticmethod
+    def forward(x):
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+
+def test_a_model_without_forward_derivatives_is_named():
+    class Plain(nn.Module):
+        def forward(self, x):
+            return Backwards.apply(x)
+
+    model = nn.Sequential(nn.Linear(4, 3, dtype=DOUBLE), Plain())
+    opt = paper(model)
+    before = parameters(model)
+    x, y = torch.randn(9, 4, dtype=DOUBLE), torch.randint(0, 3, (9,))
+    with pytest.raises(NotImplementedError, match="takes forward-mode derivatives .*recipe=None"):
+        opt.step(closure_of(model, opt, x, y))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))

@@ -73,7 +73,7 @@ def test_auto_renews_a_layer_when_its_own_statistics_drift(method, clear):
     assert refreshes(opt) == [1, 1]
     for key, value in kept.items():
         assert state[key] is value
-    step(model, opt, x, 2.0, clear=clear)
+    step(model, opt, x, torch.tensor([5.0, 1, 1, 1, 1], dtype=DOUBLE), clear=clear)
     assert refreshes(opt) == [1, 2]
     for key, value in kept.items():
         assert state[key] is not value
@@ -91,6 +91,43 @@ def test_auto_looks_only_at_statistics_that_were_averaged_anew():
     assert set(renewed) <= {1, 2, 4, 8, 10, 20}
 
 
+def train_ekfac(**options):
+    """One that was inverted at its first step, and that layer's drift of both sides."""
+    model = nn.Linear(5, 3, dtype=DOUBLE)
+    opt = METHODS["EKFAC"](
+        model, lr=0.0, inverse_every="auto", statistics_every=1, decay=0.0, **options
+    )
+    x = torch.randn(30, 5, dtype=DOUBLE)
+    step(model, opt, x)
+    return model, opt, x
+
+
+def test_a_basis_does_not_depend_on_the_scale_of_the_statistics():
+    model, opt, x = train_ekfac()
+    for scale in (7.0, 0.01):
+        step(model, opt, scale * x)
+        assert opt.drift(opt._layers[0]) < 1e-6
+    assert refreshes(opt) == [1]
+    step(model, opt, x * torch.tensor([5.0, 1, 1, 1, 1], dtype=DOUBLE))
+    assert refreshes(opt) == [2]
+
+
+def test_a_basis_does_not_depend_on_the_damping():
+    model, opt, _ = train_ekfac()
+    drifts = []
+    for damping in (0.1, 1e-3, 10.0):
+        opt.param_groups[0]["relative_damping"] = damping
+        drifts.append(opt.drift(opt._layers[0]))
+    assert max(drifts) < 1e-6
+    with torch.no_grad():
+        opt.state[model.weight]["covariance"][0, 0] *= 2
+    drifts = []
+    for damping in (0.1, 1e-3):
+        opt.param_groups[0]["relative_damping"] = damping
+        drifts.append(opt.drift(opt._layers[0]))
+    assert drifts[0] == drifts[1] > 1e-2
+
+
 def dense_drifts(opt, layer):
     """(C + lambda I) A - I of each side, with A from the last refresh."""
     dampings = opt.dampings(layer)
@@ -100,11 +137,14 @@ def dense_drifts(opt, layer):
         covariance, state = layer.state[f"{prefix}covariance"], layer.state
         identity = torch.eye(len(covariance), dtype=DOUBLE)
         if "diagonal" in state:
+            # Bases are compared at the scale, and with the damping, of the last refresh.
             basis, values = state[f"{prefix}basis"], state[f"{prefix}values"]
-            inverse = basis @ torch.diag(1 / (values + dampings[side])) @ basis.T
+            damping = state[f"{prefix}basis_damping"]
+            inverse = basis @ torch.diag(1 / (values + damping)) @ basis.T
+            covariance = covariance * values.sum() / covariance.trace()
         else:
-            inverse = state[f"{prefix}inverse"]
-        matrices.append((covariance + dampings[side] * identity) @ inverse - identity)
+            inverse, damping = state[f"{prefix}inverse"], dampings[side]
+        matrices.append((covariance + damping * identity) @ inverse - identity)
     return matrices
 
 

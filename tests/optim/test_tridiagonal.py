@@ -22,6 +22,7 @@ from tests.optim.nets import (
     loss_of,
     output_curvature,
     targets,
+    twins,
     unvec,
     values,
     vec,
@@ -110,6 +111,75 @@ def test_update_is_that_of_the_dense_inverse(depth, bias, kind):
         ours = old - values(layer)
         torch.testing.assert_close(ours, unvec(step, gradient), rtol=1e-7, atol=1e-9)
         assert (ours - unvec(alone, gradient)).norm() > 1e-2 * ours.norm()
+
+
+def test_ten_steps_follow_an_independent_loop():
+    """Averages, amortization, damping, weight decay, clip and momentum, with the dense inverse."""
+    model, twin = twins(5, 4, 3, 2)
+    lr, momentum, decay, max_norm, eta, lam, delta = 0.2, 0.8, 0.7, 0.3, 0.02, 1e-2, 0.05
+    opt = fused_so.KFAC(
+        model, lr, likelihood=fused_so.Categorical(), factors="exact", damping=lam,
+        relative_damping=delta, momentum=momentum, nesterov=True, weight_decay=eta,
+        statistics_every=3, inverse_every=4, decay=decay, max_norm=max_norm,
+        structure="block_tridiagonal",
+    )  # fmt: skip
+    layers = linears(twin)
+    sizes = [0, *itertools.accumulate(layer.in_features for layer in layers)]
+    outs = [0, *itertools.accumulate(layer.out_features for layer in layers)]
+    second, gram, weight, velocity, clipped = 0.0, 0.0, 0.0, {}, []
+    for t in range(10):
+        n = 20 + 5 * (t % 3)
+        x, y = torch.randn(n, 5, dtype=DOUBLE), targets("categorical", n, 2)
+        for net, optimizer in ((model, opt), (twin, twin)):
+            optimizer.zero_grad()
+            loss_of("categorical", net(x), y).backward()
+        opt.step()
+        if t in (0, 1, 2, 3, 6, 9):
+            weight = decay * weight + n
+            share = n / weight
+            rows = layer_rows(twin, x)
+            h = homogeneous(torch.cat([h for h, _ in rows], 1))
+            curvature = output_curvature("categorical", twin(x), y)
+            each = example_curvatures(torch.cat([j for _, j in rows], 2), curvature)
+            second = (1 - share) * second + share * h.T @ h / n
+            gram = (1 - share) * gram + share * each.sum(0)
+        mean = second[-1, :-1]
+        if t in (0, 1, 2, 4, 8):
+            # In the coordinates W (h - m) + d the inputs are (h - m, 1).
+            c = second[:-1, :-1] - torch.outer(mean, mean)
+            one = torch.ones(1, 1, dtype=DOUBLE)
+            cuts, spans = itertools.pairwise(sizes), itertools.pairwise(outs)
+            cuts, spans = [slice(*cut) for cut in cuts], [slice(*span) for span in spans]
+            a = [[torch.block_diag(c[i, j], one) for j in cuts] for i in cuts]
+            g = [[gram[i, j].clone() for j in spans] for i in spans]
+            for i, layer in enumerate(layers):
+                v = c[cuts[i], cuts[i]].trace() / layer.in_features
+                k = g[i][i].trace() / layer.out_features
+                gamma, root = (lam + eta) ** 0.5, delta**0.5
+                a[i][i] = damped(a[i][i], (v / k).sqrt() * gamma + root * v)
+                g[i][i] = damped(g[i][i], (k / v).sqrt() * gamma + root * k, False)
+            inverse = dense_inverse(a, g)[0]
+        gradients = []
+        for layer, cut in zip(layers, cuts, strict=True):
+            gradient = grads(layer) + eta * values(layer)
+            gradient[:, :-1] -= torch.outer(gradient[:, -1], mean[cut])
+            gradients.append(gradient)
+        flat = torch.cat([vec(gradient) for gradient in gradients])
+        step = inverse @ flat
+        nu = min(1.0, max_norm / (step @ flat).sqrt().item())
+        clipped.append(nu < 1)
+        parts = step.split([gradient.numel() for gradient in gradients])
+        for layer, part, gradient, cut in zip(layers, parts, gradients, cuts, strict=True):
+            update = nu * unvec(part, gradient)
+            update[:, -1] -= update[:, :-1] @ mean[cut]
+            velocity[layer] = momentum * velocity.get(layer, 0.0) + update
+            change = lr * (update + momentum * velocity[layer])
+            with torch.no_grad():
+                layer.weight -= change[:, :-1]
+                layer.bias -= change[:, -1]
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-7, atol=1e-9)
+    assert True in clipped
 
 
 @pytest.mark.parametrize("bias", [(True, True, True), (True, False, True), (False, True, False)])
