@@ -25,6 +25,7 @@ CHEAP = {
     "statistics_every": 5,
     "inverse_every": "auto",
     "decay": 0.8,
+    "warmup": 32,
 }
 PAPER = {
     "lr": 1.0,
@@ -33,6 +34,7 @@ PAPER = {
     "statistics_every": 1,
     "inverse_every": 20,
     "decay": 0.95,
+    "warmup": 0,
 }
 
 
@@ -95,11 +97,12 @@ class KFAC(FisherOptimizer):
         max_norm: an upper bound for the norm of a param group's update in its metric, before lr:
             its square is twice the divergence, in nats an example, by which the update would
             change the model's distribution, to second order (a "KL clip"). None for no bound.
+        warmup: over so many first steps updates grow from a fifth to the whole; 0 for none.
         recipe: None, or "paper" for the whole of Martens and Grosse 2015 (sections 6 and 7 of the
             long version), which needs `step(closure)` and a likelihood: lambda and the factors'
             damping are adapted, and step size and momentum come from the exact Fisher's
-            quadratic model on the batch; momentum, nesterov and max_norm are ignored. Now and
-            then the closure is called again, and must compute the loss of the same batch. The
+            quadratic model on the batch; momentum, nesterov, max_norm and warmup are ignored. Now
+            and then the closure is called again, and must compute the loss of the same batch. The
             model must have forward-mode derivatives, and parameters in float32 or float64. The
             options whose default is None have one that depends on the recipe.
         grad_scaler: the torch.amp.GradScaler in use, if any; only "empirical" depends on it.
@@ -130,6 +133,7 @@ class KFAC(FisherOptimizer):
         drift_tolerance: float = 0.4,
         decay: float | None = None,
         max_norm: float | None = 1.0,
+        warmup: float | None = None,
         recipe: str | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
         params: Iterable | None = None,
@@ -149,6 +153,7 @@ class KFAC(FisherOptimizer):
             "drift_tolerance": drift_tolerance,
             "decay": decay,
             "max_norm": max_norm,
+            "warmup": warmup,
             "gamma": None,
         }
         for name, value in (PAPER if recipe == "paper" else CHEAP).items():

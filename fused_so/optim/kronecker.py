@@ -23,6 +23,7 @@ from fused_so import ops
 from fused_so._dtypes import accumulate_dtype
 from fused_so.optim.base import Update, check_count, check_number
 from fused_so.optim.layers import Layer, LayerOptimizer, probe
+from fused_so.optim.products import outer_sum, rows_times
 
 BOOSTS = (1.0, 10.0, 100.0, 1000.0)
 """What the damping of a factor that is not positive definite is multiplied by, in turn."""
@@ -86,6 +87,7 @@ class KroneckerOptimizer(LayerOptimizer):
                     f"{group['inverse_every']!r}"
                 )
             check_count("inverse_every", group["inverse_every"])
+        check_number("warmup", group.get("warmup", 0), 0.0)
         check_number("drift_tolerance", group["drift_tolerance"], 0.0, positive=True)
 
     def observes(self, layer: Layer) -> bool:
@@ -138,12 +140,12 @@ class KroneckerOptimizer(LayerOptimizer):
         ones = torch.full_like(h[:, 0], float(moves_bias))
         z = ops.precondition(h, ones, mean, inverse, alpha=alpha / scale)[0]
         if output_inverse is None:
-            return g.T @ z, grad_bias / alpha - g.T @ (z @ mean)
+            return outer_sum(g, z)[0], grad_bias / alpha - g.T @ (z @ mean)
         if len(h) < z.shape[1]:  # Go g^T takes less than Go dW
-            g = g @ output_inverse
-            return g.T @ z, output_inverse @ (grad_bias / alpha) - g.T @ (z @ mean)
+            g = rows_times(g, output_inverse)
+            return outer_sum(g, z)[0], output_inverse @ (grad_bias / alpha) - g.T @ (z @ mean)
         change = grad_bias / alpha - g.T @ (z @ mean)
-        return output_inverse @ (g.T @ z), output_inverse @ change
+        return output_inverse @ outer_sum(g, z)[0], output_inverse @ change
 
     def gradient_scale(self, layer: Layer) -> Tensor | float:
         """alpha, by which the preconditioned gradient is divided."""
@@ -165,6 +167,11 @@ class KroneckerOptimizer(LayerOptimizer):
 
     def _take(self, group: dict, kind: str, updates: list[Update], bound: Tensor) -> None:
         layers = kind == "layers"
+        warmup = group.get("warmup", 0)
+        if self._steps < warmup:
+            # The first steps, on the curvature of few batches while it changes fastest, decide on
+            # much of what follows: from a fifth of lr to lr.
+            bound = bound * min(1.0, 0.2 + 0.8 * self._steps / warmup)
         if not self.rewrites_gradients:
             decayed = layers and self.decay_in_metric
             self._apply(group, updates, bound, weight_decay=0.0 if decayed else None)

@@ -47,6 +47,7 @@ class NNN(KroneckerOptimizer):
             eigendecomposition a layer.
         max_norm: as for `ACP`, in the metric of the whitened coordinates, which alpha does not
             scale: one layer's steps are as long as its gradients say.
+        warmup: as for `KFAC`.
         params: parameters or param groups, as for `ACP`.
 
     Raises:
@@ -71,6 +72,7 @@ class NNN(KroneckerOptimizer):
         drift_tolerance: float = 0.1,
         decay: float = 0.95,
         max_norm: float | None = 1.0,
+        warmup: float = 32,
         params: Iterable | None = None,
     ):
         options = {
@@ -85,6 +87,7 @@ class NNN(KroneckerOptimizer):
             "drift_tolerance": drift_tolerance,
             "decay": decay,
             "max_norm": max_norm,
+            "warmup": warmup,
         }
         super().__init__(model, options, params)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fused_so._dtypes import accumulate
 from fused_so.optim.layers import probe
+from fused_so.optim.products import outer_sum
 
 
 class Rows(NamedTuple):
@@ -43,13 +44,12 @@ def combined(
     updates = []
     for g, h, grad_weight, grad_bias in layers:
         g, h = accumulate(g), accumulate(h)
-        delta = (g * coefficients[:, None]).T @ h
-        offset = None if grad_bias is None else g.T @ coefficients
+        delta, offset = outer_sum(g * coefficients[:, None], h)
         if direct is not None:
             delta = delta.addcmul_(accumulate(grad_weight), direct)
-            if offset is not None:
+            if grad_bias is not None:
                 offset = offset.addcmul_(accumulate(grad_bias), direct)
-        updates.append((delta, offset))
+        updates.append((delta, None if grad_bias is None else offset))
     return updates
 
 

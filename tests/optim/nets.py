@@ -155,6 +155,7 @@ def bare(**options):
         "max_norm": None,
         "damping": 0.0,
         "relative_damping": 0.0,
+        "warmup": 0,
     } | options
 
 

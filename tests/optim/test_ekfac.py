@@ -125,12 +125,12 @@ def test_sampled_diagonal_is_that_of_the_drawn_scores():
 def test_ten_steps_follow_an_independent_loop(factors):
     model, twin = twins(6, 5, 4, 3)
     lr, momentum, decay, max_norm, eta, lam, delta = 0.2, 0.8, 0.7, 0.3, 0.02, 1e-3, 0.05
+    warmup = 6
     likelihood = None if factors == "empirical" else nn.CrossEntropyLoss()
     opt = fused_so.EKFAC(
         model, lr, likelihood=likelihood, factors=factors, damping=lam, relative_damping=delta,
         momentum=momentum, nesterov=True, weight_decay=eta, statistics_every=3, inverse_every=4,
-        decay=decay,
-        diagonal_every=2, max_norm=max_norm,
+        decay=decay, diagonal_every=2, max_norm=max_norm, warmup=warmup,
     )  # fmt: skip
     stats = {layer: {"weight": 0.0} for layer in linears(twin)}
     velocity, clipped = {}, []
@@ -184,7 +184,7 @@ def test_ten_steps_follow_an_independent_loop(factors):
         clipped.append(nu < 1)
         with torch.no_grad():
             for layer, update in updates.items():
-                update = nu * update
+                update = nu * min(1.0, 0.2 + 0.8 * t / warmup) * update
                 velocity[layer] = momentum * velocity.get(layer, 0.0) + update
                 step = lr * (update + momentum * velocity[layer])
                 layer.weight -= step[:, :-1]

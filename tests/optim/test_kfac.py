@@ -405,12 +405,12 @@ def test_ten_steps_follow_an_independent_loop(factors):
     """The whole algorithm in plain PyTorch: averages, amortization, damping, clip, momentum."""
     model, twin = twins(6, 5, 4, 3)
     lr, momentum, decay, max_norm, eta, lam, delta = 0.2, 0.8, 0.7, 0.3, 0.02, 1e-2, 0.05
+    warmup = 6
     likelihood = None if factors == "empirical" else nn.CrossEntropyLoss()
     opt = fused_so.KFAC(
         model, lr, likelihood=likelihood, factors=factors, damping=lam, relative_damping=delta,
         momentum=momentum, nesterov=True, weight_decay=eta, statistics_every=3, inverse_every=4,
-        decay=decay,
-        max_norm=max_norm,
+        decay=decay, max_norm=max_norm, warmup=warmup,
     )  # fmt: skip
     second, gram, weight, inverses, velocity = {}, {}, 0.0, {}, {}
     clipped = []
@@ -464,7 +464,7 @@ def test_ten_steps_follow_an_independent_loop(factors):
         clipped.append(nu < 1)
         with torch.no_grad():
             for layer, update in updates.items():
-                update = nu * update
+                update = nu * min(1.0, 0.2 + 0.8 * t / warmup) * update
                 velocity[layer] = momentum * velocity.get(layer, 0.0) + update
                 step = lr * (update + momentum * velocity[layer])
                 layer.weight -= step[:, :-1]

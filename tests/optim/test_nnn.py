@@ -79,7 +79,7 @@ def test_path_is_that_of_sgd_on_the_whitened_network(momentum, nesterov, bias):
     whitened = Whitened(model, lr=0.1, momentum=momentum, nesterov=nesterov)
     opt = fused_so.NNN(
         model, 0.1, damping=DAMPING, relative_damping=RELATIVE, momentum=momentum, decay=0.7,
-        nesterov=nesterov, statistics_every=2, inverse_every=4, max_norm=None,
+        nesterov=nesterov, statistics_every=2, inverse_every=4, max_norm=None, warmup=0,
     )  # fmt: skip
     for t in range(10):
         n = 20 + 5 * (t % 3)
@@ -140,7 +140,7 @@ def test_momentum_free_step_is_that_of_acp_with_frozen_statistics(bias):
         "relative_damping": RELATIVE, "weight_decay": 0.01, "inverse_every": 100,
     }  # fmt: skip
     # Statistics of steps 0, 1, 2, 4 only: none of them after the last refresh.
-    opt = fused_so.NNN(model, statistics_every=100, **options)
+    opt = fused_so.NNN(model, statistics_every=100, warmup=0, **options)
     acp = fused_so.ACP(twin, alpha=1.0, statistics_every=100, **options)
     for _ in range(8):
         x = torch.randn(30, 6, dtype=DOUBLE) + 1

@@ -120,7 +120,7 @@ def test_ten_steps_follow_an_independent_loop():
     opt = fused_so.KFAC(
         model, lr, likelihood=fused_so.Categorical(), factors="exact", damping=lam,
         relative_damping=delta, momentum=momentum, nesterov=True, weight_decay=eta,
-        statistics_every=3, inverse_every=4, decay=decay, max_norm=max_norm,
+        statistics_every=3, inverse_every=4, decay=decay, max_norm=max_norm, warmup=0,
         structure="block_tridiagonal",
     )  # fmt: skip
     layers = linears(twin)

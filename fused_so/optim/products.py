@@ -1,0 +1,20 @@
+"""Products by the library's own kernels, which take less time than a general matrix product."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fused_so import ops
+
+
+def outer_sum(g: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """sum_i g_i h_i^T and sum_i g_i, over the rows of g (n, out) and h (n, in)."""
+    # g^T h = g^T (h - 1 m^T) + (sum g) m^T
+    product, total, mean = ops.centered_grad(g, h)
+    return product.addr_(total, mean), total
+
+
+def rows_times(x: Tensor, matrix: Tensor) -> Tensor:
+    """x A, for rows x (n, d) and a symmetric matrix A (d, d)."""
+    zeros = x.new_zeros(max(x.shape))
+    return ops.precondition(x, zeros[: len(x)], zeros[: x.shape[1]], matrix)[0]
