@@ -44,7 +44,7 @@ class Plan:
     trial: Budget
     run: Budget
     longer: Mapping[str, Budget] = field(default_factory=dict)
-    trials: int = 8
+    trials: int = 6
     seeds: int = 3
     batch_size: int = 256
 
@@ -54,9 +54,9 @@ def _seconds(amount: float) -> Budget:
 
 
 PLANS = {
-    "curves": Plan(_seconds(10), _seconds(30), {"adam": _seconds(60)}),
-    "digits": Plan(_seconds(3), _seconds(8)),
-    "digits_classifier": Plan(_seconds(3), _seconds(8)),
+    "curves": Plan(_seconds(5), _seconds(20), {"adam": _seconds(60)}),
+    "digits": Plan(_seconds(2), _seconds(5)),
+    "digits_classifier": Plan(_seconds(2), _seconds(5)),
     "faces": Plan(_seconds(10), _seconds(30)),
     "mnist": Plan(_seconds(10), _seconds(30)),
     "cifar": Plan(_seconds(10), _seconds(30)),

@@ -17,6 +17,7 @@ from torch import Tensor
 from fused_so import ops
 from fused_so._dtypes import accumulate
 from fused_so.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from fused_so.optim.products import product
 
 
 class Linearized(NamedTuple):
@@ -54,7 +55,7 @@ class MatrixFree:
             rows = self._product(layer, moved)
             rows = rows if error is None else rows.add_(error)
         self._above.append(layer)
-        return None if rows is None else rows @ layer.weight
+        return None if rows is None else product(rows, layer.weight)
 
     def _product(self, layer: Linearized, moved: Tensor) -> Tensor:
         # t <- W (phi'(a) t), up to the outputs
@@ -62,7 +63,7 @@ class MatrixFree:
         t = moved
         for upper in (layer, *reversed(self._above)):
             if upper is not layer:
-                t = t @ upper.weight.T
+                t = product(t, upper.weight.T)
             tangents.append(t if upper.bend is not None else None)
             # What is kept, or was given, must not change.
             owned = upper is not layer and upper.bend is None
@@ -77,7 +78,7 @@ class MatrixFree:
             if t is not None:
                 r = r.addcmul_(upper.bend, t)
             if upper is not layer:
-                r = r @ upper.weight
+                r = product(r, upper.weight)
         return r
 
 
@@ -105,7 +106,8 @@ class CarriedRows:
         )
         if error is None:
             return below
-        return error @ layer.weight if below is None else below.addmm_(error, layer.weight)
+        of_error = product(error, layer.weight)
+        return of_error if below is None else below.add_(of_error)
 
     def _end(self, layer: Linearized, error: Tensor | None, moved: Tensor | None) -> Tensor | None:
         """J^T (J v), without carrying J further."""
@@ -116,7 +118,7 @@ class CarriedRows:
             rows = (self._rows.mT @ tangent)[:, :, 0]
             rows = rows if layer.slope is None else rows.mul_(layer.slope)
             rows = rows if error is None else rows.add_(error)
-        return None if rows is None else rows @ layer.weight
+        return None if rows is None else product(rows, layer.weight)
 
 
 def at_outputs(

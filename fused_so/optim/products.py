@@ -14,6 +14,11 @@ def outer_sum(g: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     return product.addr_(total, mean), total
 
 
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """A B, for any two matrices."""
+    return outer_sum(a.T, b)[0]
+
+
 def rows_times(x: Tensor, matrix: Tensor) -> Tensor:
     """x A, for rows x (n, d) and a symmetric matrix A (d, d)."""
     zeros = x.new_zeros(max(x.shape))

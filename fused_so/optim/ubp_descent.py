@@ -14,6 +14,7 @@ from fused_so.optim.chain import Link
 from fused_so.optim.curvature import CarriedRows, Linearized, MatrixFree
 from fused_so.optim.layers import probe
 from fused_so.optim.passage import Passage
+from fused_so.optim.products import outer_sum, product
 
 
 class Change(NamedTuple):
@@ -108,7 +109,7 @@ class Descent:
         for p, share in zip(trained, shares, strict=True):
             delta = accumulate(p.grad)
             if error is not None and p is weight:
-                delta = torch.addmm(delta, (error * share).T, h)
+                delta = outer_sum(error * share, h)[0].add_(delta)
             elif error is not None:
                 delta = delta + error.sum(0) * share
             self.updates.append(Update(p, delta))
@@ -125,7 +126,7 @@ class Descent:
         if weight in changes:
             # dW^T da
             direction, factor = changes[weight]
-            below = below.addmm_(signal, direction, alpha=factor)
+            below = below.add_(product(signal, direction), alpha=factor)
         return None if below is None else self._bounded(index - 1, below)
 
     def _bounded(self, index: int, error: Tensor) -> Tensor:
@@ -192,6 +193,5 @@ def _movement(h: Tensor, of_weight: Change | None, of_bias: Change | None) -> Te
             return None
         return (of_bias.factor * of_bias.direction).expand(h.shape[0], -1)
     direction, factor = of_weight
-    if of_bias is None:
-        return (h @ direction.T).mul_(factor)
-    return torch.addmm(of_bias.direction, h, direction.T, beta=of_bias.factor, alpha=factor)
+    moved = product(h, direction.T).mul_(factor)
+    return moved if of_bias is None else moved.add_(of_bias.direction, alpha=of_bias.factor)
