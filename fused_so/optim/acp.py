@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fused_so.optim.base import check_choice, check_grad_scaler, check_number, loss_scale
-from fused_so.optim.kronecker import Factor, KroneckerOptimizer
+from fused_so.optim.factors import Factor
+from fused_so.optim.kronecker import KroneckerOptimizer
 from fused_so.optim.layers import Layer
 
 HEURISTICS = ("rms_gradient", "max_squared_gradient")

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from fused_so.likelihoods import Likelihood
 from fused_so.optim.base import check_count
 from fused_so.optim.eigen import eigenbasis
+from fused_so.optim.factors import Factor
 from fused_so.optim.fisher import FisherOptimizer
-from fused_so.optim.kronecker import Factor
 from fused_so.optim.layers import Layer
 
 

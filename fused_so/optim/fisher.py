@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from fused_so._dtypes import accumulate
 from fused_so.likelihoods import Likelihood, likelihood_of
 from fused_so.optim.base import check_choice, check_grad_scaler, loss_scale
-from fused_so.optim.kronecker import Factor, KroneckerOptimizer
+from fused_so.optim.factors import Factor
+from fused_so.optim.kronecker import KroneckerOptimizer
 from fused_so.optim.layers import Layer
 from fused_so.optim.passes import SAMPLED, OutputPasses
 

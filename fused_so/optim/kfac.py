@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from fused_so.likelihoods import Likelihood
 from fused_so.optim.base import check_choice
+from fused_so.optim.factors import Factor
 from fused_so.optim.fisher import FisherOptimizer
-from fused_so.optim.kronecker import Factor
 from fused_so.optim.layers import Layer
-from fused_so.optim.recipe import PaperRecipe
+from fused_so.optim.recipe import PAPER, PaperRecipe
 from fused_so.optim.tridiagonal import TridiagonalInverse
 
 STRUCTURES = ("block_diagonal", "block_tridiagonal")
-CHEAP = {
+DEFAULTS = {
     "lr": 0.3,
     "damping": 0.0,
     "relative_damping": 0.1,
@@ -26,15 +26,6 @@ CHEAP = {
     "inverse_every": "auto",
     "decay": 0.8,
     "warmup": 32,
-}
-PAPER = {
-    "lr": 1.0,
-    "damping": 150.0,
-    "relative_damping": 0.0,
-    "statistics_every": 1,
-    "inverse_every": 20,
-    "decay": 0.95,
-    "warmup": 0,
 }
 
 
@@ -156,7 +147,7 @@ class KFAC(FisherOptimizer):
             "warmup": warmup,
             "gamma": None,
         }
-        for name, value in (PAPER if recipe == "paper" else CHEAP).items():
+        for name, value in (PAPER if recipe == "paper" else DEFAULTS).items():
             options[name] = value if options[name] is None else options[name]
         self._recipe: PaperRecipe | None = None
         self._tridiagonal: TridiagonalInverse | None = None
@@ -236,13 +227,7 @@ class KFAC(FisherOptimizer):
         and "ratio", that of the last two evaluated losses' difference to the predicted one; its
         "norm" is that of the last step under the exact Fisher, damped."""
         report = super().diagnostics()
-        if self._recipe is not None:
-            group = self.param_groups[0]
-            report |= {name: group[name] for name in ("damping", "gamma")}
-            report["ratio"] = self._recipe.ratio
-            # At the minimum M(delta) - M(0) = -delta^T (F + (lambda + eta) I) delta / 2.
-            report["norm"] = [max(0.0, -2 * self._recipe.predicted) ** 0.5]
-        return report
+        return report if self._recipe is None else report | self._recipe.diagnostics()
 
     def remove_hooks(self) -> None:
         super().remove_hooks()

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fused_so.optim.eigen import eigenbasis
-from fused_so.optim.kronecker import Factor, KroneckerOptimizer
+from fused_so.optim.factors import Factor
+from fused_so.optim.kronecker import KroneckerOptimizer
 from fused_so.optim.layers import Layer
 
 

@@ -25,6 +25,16 @@ from fused_so.optim.base import Update
 from fused_so.optim.kronecker import KroneckerOptimizer
 
 T1, T2 = 5, 20
+PAPER = {
+    "lr": 1.0,
+    "damping": 150.0,
+    "relative_damping": 0.0,
+    "statistics_every": 1,
+    "inverse_every": T2,
+    "decay": 0.95,
+    "warmup": 0,
+}
+"""The defaults of K-FAC's options under this recipe."""
 OMEGA_1, OMEGA_2 = (19 / 20) ** T1, math.sqrt(19 / 20) ** T2
 
 
@@ -46,6 +56,13 @@ class PaperRecipe:
             model.register_forward_pre_hook(Hook(self._begin)),
             model.register_forward_hook(Hook(self._keep), with_kwargs=True),
         ]
+
+    def diagnostics(self) -> dict[str, Any]:
+        group = self._optimizer.param_groups[0]
+        # At the minimum M(delta) - M(0) = -delta^T (F + (lambda + eta) I) delta / 2.
+        norm = max(0.0, -2 * self.predicted) ** 0.5
+        report = {name: group[name] for name in ("damping", "gamma")}
+        return {**report, "ratio": self.ratio, "norm": [norm]}
 
     def remove(self) -> None:
         for handle in self._handles:

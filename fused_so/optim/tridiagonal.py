@@ -21,13 +21,8 @@ from torch import Tensor
 
 from fused_so._dtypes import accumulate_dtype
 from fused_so.optim.eigen import eigenbasis
-from fused_so.optim.kronecker import (
-    BOOSTS,
-    Factor,
-    KroneckerOptimizer,
-    boosted,
-    not_positive_definite,
-)
+from fused_so.optim.factors import BOOSTS, Factor, boosted, not_positive_definite
+from fused_so.optim.kronecker import KroneckerOptimizer
 from fused_so.optim.layers import Layer
 
 
