@@ -25,7 +25,8 @@ from fused_so.optim.metric import Metric
 # batch
 SIZES = [(1024,), (512,), (128,)]
 WIDTHS = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
-ROUNDS, ROUND_STEPS, BLOCK_STEPS = 2, 100, 10
+# Statistics and inverses come more often up to step 64.
+EARLY_STEPS, ROUNDS, ROUND_STEPS, BLOCK_STEPS = 65, 1, 100, 10
 PRODUCTS = 20  # iterations of a step of truncated Newton
 LIKELIHOOD = fused_so.Bernoulli(reduction="batchmean")
 AMORTIZED = {"statistics_every": 10, "inverse_every": 100}
@@ -114,10 +115,10 @@ def test_classifier_steps(benchmark, size):
 
 
 def compare(benchmark, batch: int, steps: dict):
-    rounds, round_steps = (1, BLOCK_STEPS) if measure.REPORT.brief else (ROUNDS, ROUND_STEPS)
-    # Beyond the first steps, in which statistics and inverses come more often.
+    brief = measure.REPORT.brief
+    rounds, round_steps = (1, BLOCK_STEPS) if brief else (ROUNDS, ROUND_STEPS)
     for step in steps.values():
-        for _ in range(round_steps):
+        for _ in range(BLOCK_STEPS if brief else EARLY_STEPS):
             step()
     seconds = {name: [] for name in steps}
     for _ in range(rounds):
