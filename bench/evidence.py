@@ -2,10 +2,10 @@
 
     python -m bench.evidence --out bench/results/evidence
 
-For each problem, every method has the same number of trials of biased random search, each of the
-same budget; then come the runs with the setting found and, for our own methods, with the defaults.
-Work goes breadth first (trial by trial, seed by seed, all methods each time), so that wherever it
-stops all methods are compared alike. A finished trial or run is one JSON file under --out, named
+For each problem, every method has the same number of trials, its own defaults and then settings of
+biased random search, each of the same budget; then come the runs with the setting found and, for
+our own methods, with the defaults. Work goes breadth first (trial by trial, seed by seed, all
+methods each time), so that wherever it stops all methods are compared alike. A finished trial or run is one JSON file under --out, named
 by everything that changes its result; the same command goes on from there, and does nothing twice.
 `<problem>/index.json` says which files belong together. Exit status 1: some pieces are left.
 """
@@ -158,7 +158,7 @@ def gather(
     methods: Sequence[str],
     plan: Plan,
     evidence: Evidence,
-    problem: Problem | None,
+    problem: Problem,
     bar: tqdm | None,
 ) -> dict[str, Any]:
     """Do what is missing of one problem's plan; the files of every method, and its best setting."""
@@ -183,7 +183,7 @@ def gather(
     index: dict[str, dict[str, Any]] = {method: {} for method in methods}
     try:
         # A study is replayed from the files: its sampler draws the same after the same results.
-        studies = {method: new_study() for method in methods}
+        studies = {method: new_study(METHODS[method], problem) for method in methods}
         for number in range(plan.trials):
             for method, study in studies.items():
                 trial = study.ask(dict(METHODS[method].space))
@@ -216,6 +216,8 @@ def _index(file: Path, name: str, plan: Plan, index: Mapping[str, Any]) -> None:
     for method, parts in index.items():
         # Work that stopped early has passed only some of the files that an earlier call listed.
         kept = methods.get(method, {})
+        if parts.get("hyperparameters", kept.get("hyperparameters")) != kept.get("hyperparameters"):
+            kept = {}
         methods[method] = {
             **parts,
             **{k: v for k, v in kept.items() if len(v) > len(parts.get(k, ()))},
@@ -227,10 +229,8 @@ def usable(methods: Sequence[str], problem: Problem, batch_size: int) -> list[st
     """The methods that take a step on this problem; why the others do not is printed."""
     found = []
     for method in methods:
-        low = {key: getattr(one, "low", None) for key, one in METHODS[method].space.items()}
-        setting = {"lr": low["lr"]} if low.get("lr") else {}
         try:
-            train(Run(method, 0, setting), problem, Budget(1, "updates"), batch_size, evaluations=1)
+            train(Run(method, 0, {}), problem, Budget(1, "updates"), batch_size, evaluations=1)
         except (ImportError, TypeError, ValueError, RuntimeError) as error:
             print(f"{problem.name}: {method} is left out: {error}", file=sys.stderr)
         else:
@@ -354,7 +354,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"argument --batch-size: {name} has {len(problem.train)} examples")
         methods = usable(arguments.methods, problem, plan.batch_size)
         counted = Evidence(arguments.out, None, dry=True)
-        gather(name, methods, plan, counted, None, None)
+        gather(name, methods, plan, counted, problem, None)
         missing = counted.missing.get(name, [])
         _announce(name, plan, missing, methods, evaluation_seconds(problem))
         work.append((name, methods, plan, problem, len(missing)))

@@ -162,34 +162,37 @@ def table(results: Results) -> str:
     machines = sorted(
         {
             f"{one['cpu']}, {one['threads']} thread{'s' if one['threads'] > 1 else ''}, "
-            f"torch {one['torch']}"
+            f"torch {one['torch']}, commit {one['commit'][:7]}"
             for one in results.machines
         }
     )
     lines = [
         f"`{results.name}`, {results.error_name}: the target is {whose}, {error:.3g} "
-        f"({results.plan['trials']} trials of {Budget(**results.plan['trial'])} a method, runs of "
-        f"{budget}, batch {results.plan['batch_size']}, medians [ranges] over seeds; "
-        f"{'; '.join(machines)}):",
+        f"({results.plan['trials']} trials of {Budget(**results.plan['trial'])} a method, "
+        f"batch {results.plan['batch_size']}, medians [ranges] over seeds; {'; '.join(machines)}):",
         "",
-        f"| method | tuned setting | training error after {budget} | seconds to the target "
-        "| updates to it | with its defaults: error | seconds to the target |",
-        "|---|---|---|---|---|---|---|",
+        "| method | setting | trained for | training error | seconds to the target "
+        "| updates to it |",
+        "|---|---|---|---|---|---|",
     ]
-    rows = [(method, roles) for method, roles in results.runs.items() if roles["tuned"]]
-    for method, roles in sorted(rows, key=lambda row: _median_final(row[1]["tuned"])):
-        tuned = [run.first_below(error) for run in roles["tuned"]]
+    rows = [
+        (method, role, runs)
+        for method, roles in results.runs.items()
+        for role, runs in roles.items()
+        if runs
+    ]
+    for method, role, runs in sorted(rows, key=lambda row: _median_final(row[2])):
+        tuned = _setting(results.methods[method]["hyperparameters"])
         cells = [
             f"`{method}`",
-            _setting(results.methods[method]["hyperparameters"]),
-            _finals(roles["tuned"]),
-            *(_short(column) for column in zip(*tuned, strict=True)),
+            "its defaults" if role == "default" else f"tuned: {tuned}",
+            str(Budget(**results.plan["longer"][method]) if role == "longer" else budget),
+            _finals(runs),
+            *(
+                _short(column)
+                for column in zip(*(run.first_below(error) for run in runs), strict=True)
+            ),
         ]
-        if roles["default"]:
-            seconds = [run.first_below(error)[0] for run in roles["default"]]
-            cells += [_finals(roles["default"]), _short(seconds)]
-        else:
-            cells += ["", ""]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

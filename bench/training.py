@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import optuna
 import torch
+from optuna.distributions import BaseDistribution, CategoricalDistribution
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, update_bn
 
-from bench.methods import METHODS
+from bench.methods import METHODS, Method
 from bench.problems import Examples, Problem
 from bench.search import BiasedRandomSampler
 
@@ -105,6 +106,9 @@ def evaluate(problem: Problem, model: nn.Module) -> dict[str, float]:
     errors = {}
     model.eval()
     train = problem.train.take(slice(EVALUATED_ROWS))
+    # Averaged parameters have other statistics than those they were averaged from.
+    if any(isinstance(module, nn.BatchNorm1d) for module in model.modules()):
+        update_bn(train.inputs.split(problem.batch_size), model)
     for name, examples in (("train_error", train), ("test_error", problem.test)):
         error = problem.error(model(examples.inputs), examples.targets).item()
         errors[name] = error if math.isfinite(error) else math.inf
@@ -165,9 +169,24 @@ def _backward(
     return loss
 
 
-def new_study(seed: int = 0) -> optuna.Study:
-    """An empty search for hyperparameters: biased random search, the same for every method."""
-    return optuna.create_study(sampler=BiasedRandomSampler(seed))
+def new_study(method: Method, problem: Problem, seed: int = 0) -> optuna.Study:
+    """An empty search for hyperparameters: biased random search, the same for every method.
+
+    Its first trial is the method's own defaults, those in the range that is searched.
+    """
+    study = optuna.create_study(sampler=BiasedRandomSampler(seed))
+    defaults = method.build(nn.Linear(1, 1), problem.likelihood).defaults
+    study.enqueue_trial(
+        {name: defaults[name] for name, one in method.space.items() if _holds(one, defaults, name)}
+    )
+    return study
+
+
+def _holds(distribution: BaseDistribution, options: Mapping[str, Any], name: str) -> bool:
+    value = options.get(name)
+    if isinstance(distribution, CategoricalDistribution):
+        return value in distribution.choices
+    return value is not None and distribution.low <= value <= distribution.high
 
 
 def search(
@@ -179,7 +198,7 @@ def search(
     advance: Callable[[float, Run], object],
 ) -> list[dict[str, Any]]:
     """Train `trials` settings on seed 0; the final training errors, best first, inf if diverged."""
-    study, space = new_study(), dict(METHODS[optimizer].space)
+    study, space = new_study(METHODS[optimizer], problem), dict(METHODS[optimizer].space)
     tried: list[dict[str, Any]] = []
     for _ in range(trials):
         trial = study.ask(space)
