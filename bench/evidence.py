@@ -5,9 +5,10 @@
 For each problem, every method has the same number of trials, its own defaults and then settings of
 biased random search, each of the same budget; then come the runs with the setting found and, for
 our own methods, with the defaults. Work goes breadth first (trial by trial, seed by seed, all
-methods each time), so that wherever it stops all methods are compared alike. A finished trial or run is one JSON file under --out, named
-by everything that changes its result; the same command goes on from there, and does nothing twice.
-`<problem>/index.json` says which files belong together. Exit status 1: some pieces are left.
+methods each time), so that wherever it stops all methods are compared alike. A finished trial or
+run is one JSON file under --out, named by everything that changes its result; the same command goes
+on from there, and does nothing twice. `<problem>/index.json` says which files belong together. Exit
+status 1: some pieces are left.
 """
 
 from __future__ import annotations
