@@ -179,6 +179,7 @@ class ExactSteps:
             check_rows(
                 sum(out.numel() for out in outputs),
                 f" (one an example and output, outputs {[tuple(out.shape) for out in outputs]})",
+                ", solver 'cg' or metric 'sampled_fisher' (a row an example)",
             )
         weight = weight_of(self._likelihood, outputs, examples)
         scores = [batch.score for batch in batches]

@@ -157,18 +157,18 @@ class FactorOptimizer(LayerOptimizer):
         The root mean square eigenvalue of (C + lambda I) A - I, the larger of the two sides',
         estimated by one random vector v: |(C + lambda I) A v - v| / |v|.
         """
-        dampings, residuals = self.dampings(layer), []
+        residuals = []
         for factor in self.factors(layer):
             covariance = factor.get("covariance")
             v = probe(len(covariance), covariance.dtype, covariance.device)
             av = self.solve(factor, v)
-            residual = self.damped_product(factor, dampings[factor.side], av) - v
+            residual = self.drift_product(factor, av) - v
             residuals.append(residual.norm() / v.norm())
         return torch.stack(residuals).amax()
 
-    def damped_product(self, factor: Factor, damping: Tensor, v: Tensor) -> Tensor:
-        """(C + lambda I) v as they are now, lambda being `damping`."""
-        return factor.get("covariance") @ v + damping * v
+    def drift_product(self, factor: Factor, v: Tensor) -> Tensor:
+        """(C + lambda I) v, with C and lambda as they are now."""
+        return factor.get("covariance") @ v + self.dampings(factor.layer)[factor.side] * v
 
     def solve(self, factor: Factor, v: Tensor) -> Tensor:
         """(C + lambda I)^-1 v, with C and lambda as they were at the last refresh."""

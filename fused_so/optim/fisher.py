@@ -123,12 +123,14 @@ class FisherOptimizer(KroneckerOptimizer):
 
     def _check_alone(self, layer: Layer, setting: str, reason: str) -> None:
         """Raises if the layer's gradient already holds that of another backward pass."""
+        # PyTorch has no public name for the backward pass that is running.
         backward = torch._C._current_graph_task_id()
         last = layer.batch.setdefault("backward", backward)
-        if last != backward and layer.module.weight.grad is not None:
+        held = layer.module.weight.grad
+        if last != backward and held is not None and held.any():
             raise ValueError(
                 f"{setting} takes one backward pass a step, but layer {layer.name!r} has had "
-                f"another (gradient accumulation?): {reason}"
+                f"another (gradient accumulation, or reentrant checkpointing?): {reason}"
             )
         layer.batch["backward"] = backward
 

@@ -120,13 +120,12 @@ def damped_step(
     return Step(updates, energies, damped, square)
 
 
-def check_rows(n: int, of: str = "") -> None:
+def check_rows(n: int, of: str = "", instead: str = "") -> None:
     """Raises where the (n, n) matrix of so many rows would be absurd."""
     if n > MOST_ROWS:
         raise ValueError(
             f"rows must be at most {MOST_ROWS}, of which the step takes an (n, n) matrix, got "
-            f"{n}{of}: {4 * n * n / 2**30:.1f} GiB in float32; use smaller batches, solver 'cg' "
-            f"or, for a row an example instead of one an output, metric 'sampled_fisher'"
+            f"{n}{of}: {4 * n * n / 2**30:.1f} GiB in float32; use smaller batches{instead}"
         )
 
 

@@ -88,7 +88,8 @@ class KFAC(FisherOptimizer):
         max_norm: an upper bound for the norm of a param group's update in its metric, before lr:
             its square is twice the divergence, in nats an example, by which the update would
             change the model's distribution, to second order (a "KL clip"). None for no bound.
-        warmup: over so many first steps updates grow from a fifth to the whole; 0 for none.
+        warmup: the number of first steps over which updates grow from a fifth to their full
+            length; 0 for none.
         recipe: None, or "paper" for the whole of Martens and Grosse 2015 (sections 6 and 7 of the
             long version), which needs `step(closure)` and a likelihood: lambda and the factors'
             damping are adapted, and step size and momentum come from the exact Fisher's

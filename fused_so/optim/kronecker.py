@@ -25,6 +25,9 @@ from fused_so.optim.factors import FactorOptimizer
 from fused_so.optim.layers import Layer, probe
 from fused_so.optim.products import outer_sum, rows_times
 
+COLD = 0.2
+"""The share of its length that the first update of a warm-up has."""
+
 
 class KroneckerOptimizer(FactorOptimizer):
     """Base of the optimizers that precondition linear layers with Kronecker factors.
@@ -119,12 +122,12 @@ class KroneckerOptimizer(FactorOptimizer):
 
     def _take(self, group: dict, kind: str, updates: list[Update], bound: Tensor) -> None:
         layers = kind == "layers"
-        warmup = group.get("warmup", 0)
-        if self._steps < warmup:
-            # The first steps, on the curvature of few batches while it changes fastest, decide on
-            # much of what follows: from a fifth of lr to lr.
-            bound = bound * min(1.0, 0.2 + 0.8 * self._steps / warmup)
         if not self.rewrites_gradients:
+            warmup = group.get("warmup", 0)
+            if self._steps < warmup:
+                # The first steps, on the curvature of few batches while it changes fastest,
+                # decide on much of what follows.
+                bound = bound * (COLD + (1 - COLD) * self._steps / warmup)
             decayed = layers and self.decay_in_metric
             self._apply(group, updates, bound, weight_decay=0.0 if decayed else None)
             return
@@ -147,8 +150,9 @@ class KroneckerOptimizer(FactorOptimizer):
             if update is None:
                 self._warn_once(
                     ("unseen", layer.name),
-                    f"no batch of layer {layer.name!r} was observed (is its weight used without "
-                    f"calling the module?); it takes the plain gradient until one is",
+                    f"no batch of layer {layer.name!r} was observed (was the model, or is the "
+                    f"layer's weight, used without calling it?); it takes the plain gradient until "
+                    f"one is",
                 )
                 continue
             alpha = self.curvature_scale(layer)

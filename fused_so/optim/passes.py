@@ -87,9 +87,11 @@ class OutputPasses:
         try:
             for first, scores in enumerate(self._scores(outputs.detach())):
                 self.first = first == 0
-                torch.autograd.grad(
-                    outputs, edges, scores.to(outputs), retain_graph=True, allow_unused=True
-                )
+                # The statistics that the hooks take are not the model's to compute in half.
+                with torch.autocast(outputs.device.type, enabled=False):
+                    torch.autograd.grad(
+                        outputs, edges, scores.to(outputs), retain_graph=True, allow_unused=True
+                    )
         finally:
             self.rows = None
         if not self._knows_classes and outputs.ndim > 2 and outputs.requires_grad:

@@ -9,7 +9,7 @@ from torch import nn
 
 from fused_so.optim.kronecker import KroneckerOptimizer
 
-_OF_THE_OTHER = ("lr", "momentum", "nesterov", "weight_decay", "recipe")
+_OF_THE_OTHER = ("lr", "momentum", "nesterov", "weight_decay", "warmup", "recipe")
 
 
 class Preconditioner:

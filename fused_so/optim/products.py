@@ -1,4 +1,8 @@
-"""Products by the library's own kernels, which take less time than a general matrix product."""
+"""Products by the library's own kernels.
+
+On a CPU they take between half of torch.mm's time, where its BLAS has no AVX-512 kernels, and as
+long.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +19,12 @@ def outer_sum(g: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """A B, for any two matrices."""
+    """A B, for any two matrices: a sum of outer products, of A's columns with B's rows."""
     return outer_sum(a.T, b)[0]
 
 
 def rows_times(x: Tensor, matrix: Tensor) -> Tensor:
     """x A, for rows x (n, d) and a symmetric matrix A (d, d)."""
+    # The rank-1 correction of `precondition` is not wanted.
     zeros = x.new_zeros(max(x.shape))
     return ops.precondition(x, zeros[: len(x)], zeros[: x.shape[1]], matrix)[0]

@@ -91,11 +91,13 @@ class PaperRecipe:
         """Calls of the model draw the dropout of the batch's own call, and move no buffer."""
         model = self._optimizer._model
         buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-        with torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(self._random)
-            yield
-        for buffer, before in buffers:
-            buffer.copy_(before)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.set_rng_state(self._random)
+                yield
+        finally:
+            for buffer, before in buffers:
+                buffer.copy_(before)
 
     def _keep(self, module: Any, args: tuple, kwargs: dict, output: Tensor) -> None:
         if torch.is_grad_enabled():
@@ -234,8 +236,13 @@ class PaperRecipe:
     def _objective(self, loss: Any) -> float:
         group = self._optimizer.param_groups[0]
         squares = sum(p.detach().double().square().sum().item() for p in group["params"])
+        if loss is None:
+            raise ValueError("closure must return the loss for recipe='paper', got None")
         loss = loss.item() if isinstance(loss, Tensor) else float(loss)
         return loss + 0.5 * group["weight_decay"] * squares
+
+
+_NO_FORWARD_MODE = ("forward AD", "forward-mode", "jvp", "setup_context")
 
 
 @contextmanager
@@ -245,7 +252,7 @@ def _forward_mode() -> Iterator[None]:
         with sdpa_kernel(SDPBackend.MATH):
             yield
     except RuntimeError as error:
-        if "forward" not in str(error):
+        if not any(sign in str(error) for sign in _NO_FORWARD_MODE):
             raise
         raise NotImplementedError(
             f"recipe='paper' takes forward-mode derivatives of the model, which one of its "

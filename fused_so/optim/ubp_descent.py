@@ -165,9 +165,8 @@ class Descent:
         expected = (signal.T @ weights).double()
         # h v may cancel, its rounding does not; but squares of tiny inputs vanish in float32.
         reach = torch.maximum(torch.linalg.vector_norm(h, dim=1), along.abs())
-        reaches = torch.stack([reach if p is weight else ones for p in trained])
-        largest = reaches.amax(1) if len(h) else 0
-        sizes = torch.linalg.vector_norm(signal, 1, dim=0).double().norm() * largest
+        reaches = torch.stack([reach if p is weight else ones for p in trained], 1)
+        sizes = (signal.abs().T @ reaches).double().norm(dim=0)
         topmost = self._share is None
         if topmost:
             square = expected[:, 0].dot(expected[:, 0])

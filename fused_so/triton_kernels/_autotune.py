@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import TypeVar
 
 import torch
+from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
 from triton.testing import do_bench
 
@@ -53,9 +54,9 @@ def fastest(
 
 
 def milliseconds(launch: Callable[[C], object], candidate: C) -> float:
-    """The median time of a launch; infinite where the GPU lacks what the candidate needs."""
+    """The median time of a launch; infinite where the candidate does not compile or fit."""
     try:
         call = functools.partial(launch, candidate)
         return do_bench(call, warmup=WARM_UP, rep=TIMED, return_mode="median")
-    except (OutOfResources, torch.OutOfMemoryError):
+    except (OutOfResources, CompilationError, torch.OutOfMemoryError):
         return float("inf")

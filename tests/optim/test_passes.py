@@ -273,7 +273,8 @@ def test_gradient_accumulation_of_unknown_scale_is_refused(method, factors, redu
         loss = nn.functional.cross_entropy(model(x), y, reduction=reduction)
         loss.sum().backward()
 
-    for clear in (opt.zero_grad, model.zero_grad):  # a GradScaler may have skipped the step
+    # A GradScaler may have skipped the step.
+    for clear in (opt.zero_grad, model.zero_grad, lambda: model.zero_grad(set_to_none=False)):
         clear()
         backward()
     kept = {k: v.clone() for k, v in opt.state[model[2].weight].items() if torch.is_tensor(v)}
@@ -405,6 +406,25 @@ def test_activations_in_place(factors):
         train(model, opt, 4)
     for p, q in zip(*(model.parameters() for model in models), strict=True):
         assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("factors", SOURCES)
+@pytest.mark.parametrize("method", METHODS)
+def test_steps_under_autocast(method, factors):
+    model, twin = twins(6, 5, 3, dtype=torch.float32)
+    options = {"factors": factors, "statistics_every": 1, "inverse_every": 1}
+    a, b = build(method, model, **options), build(method, twin, **options)
+    start = parameters(model)
+    for _ in range(3):
+        x, y = batch(200, torch.float32)
+        for net, opt, half in ((model, a, False), (twin, b, True)):
+            opt.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=half), torch.random.fork_rng():
+                loss = nn.functional.cross_entropy(net(x), y)
+            loss.backward()
+            opt.step()
+    for p, q, old in zip(model.parameters(), twin.parameters(), start, strict=True):
+        assert (q - p).norm() < 0.1 * (p - old).norm()
 
 
 def test_half_precision_autocast():
@@ -541,6 +561,7 @@ FISHER = [
     ({"inverse_every": "often"}, ValueError, "inverse_every must be .* or 'auto', got 'often'"),
     ({"drift_tolerance": 0.0}, ValueError, "drift_tolerance must be positive, got 0"),
     ({"max_norm": 0}, ValueError, "max_norm must be positive, got 0"),
+    ({"warmup": -1}, ValueError, "warmup must be at least 0 and finite, got -1"),
 ]
 OWN = {
     fused_so.KFAC: [

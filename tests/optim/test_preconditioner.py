@@ -22,6 +22,11 @@ METHODS = {
 }
 
 
+def unwarmed(method):
+    """A warm-up belongs to the steps, which the optimizer behind takes."""
+    return {} if method in ("CGD", "ACP") else {"warmup": 0}
+
+
 def gradients(model, x):
     model.zero_grad()
     model(x).square().mean().backward()
@@ -35,7 +40,7 @@ def test_gradients_become_the_methods_own_update(method, max_norm):
     model, twin = twins(6, 5, 3)
     options = options | {"max_norm": max_norm}
     preconditioner = fused_so.Preconditioner(build, model, **options)
-    opt = build(twin, lr=1.0, momentum=0.0, nesterov=False, **options)
+    opt = build(twin, lr=1.0, momentum=0.0, nesterov=False, **unwarmed(method), **options)
     for _ in range(5):
         x = torch.randn(20, 6, dtype=DOUBLE)
         gradients(model, x)
@@ -74,7 +79,7 @@ def test_momentum_sgd_behind_it_is_the_method_with_momentum(method):
     preconditioner = fused_so.Preconditioner(build, model, **options)
     sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True)
     # One refresh: NNN's momentum, which a later one turns, belongs to the optimizer behind.
-    opt = build(twin, lr=0.1, momentum=0.9, nesterov=True, **options)
+    opt = build(twin, lr=0.1, momentum=0.9, nesterov=True, **unwarmed(method), **options)
     for _ in range(1 if method == "NNN" else 5):
         x = torch.randn(20, 6, dtype=DOUBLE)
         gradients(model, x)
@@ -149,6 +154,7 @@ def test_gradients_that_are_not_finite_become_zero(method):
         ({"momentum": 0.9}, TypeError, "momentum belongs to the optimizer behind"),
         ({"nesterov": True}, TypeError, "nesterov belongs to the optimizer behind"),
         ({"weight_decay": 0.1}, TypeError, "weight_decay belongs to the optimizer behind"),
+        ({"warmup": 10}, TypeError, "warmup belongs to the optimizer behind"),
         ({"recipe": "paper"}, TypeError, "recipe belongs to the optimizer behind"),
         ({"damping": -1.0}, ValueError, "damping must be at least 0 and finite, got -1"),
         ({"nothing": 1}, TypeError, "nothing"),

@@ -881,6 +881,17 @@ def test_a_limit_by_value_that_only_lower_layers_reach_is_seen():
     assert_same(dict(model.named_parameters()), expected, rtol=1e-12, atol=1e-13)
 
 
+def test_a_limit_by_value_is_seen_beside_an_input_far_larger_than_the_others():
+    likelihood, y = problem("gaussian", n=256)
+    model, x = chain(*BOTTLENECK), inputs(n=256)
+    x[0] *= 100
+    opt = ubp(model, 0.1, likelihood)
+    backward(model, likelihood, x, y)
+    nn.utils.clip_grad_value_(model[0].weight, 0.1 * model[0].weight.grad.abs().max().item())
+    with pytest.warns(UserWarning, match="not those of the last backward pass"):
+        opt.step()
+
+
 def test_clipping_the_norm_clips_the_corrected_gradient():
     likelihood, y = problem("gaussian")
     model, x = chain(*BOTTLENECK), inputs()
