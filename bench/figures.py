@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -202,7 +203,10 @@ def _finals(runs: Sequence[Run]) -> str:
 
 
 def _short(values: Sequence[float]) -> str:
-    return spread(values, digits=3)
+    if not any(map(math.isfinite, values)):
+        return "never"
+    # No exponents: 5.76e+03 updates are 5760.
+    return re.sub(r"\d\.\d+e\+\d+", lambda one: f"{float(one[0]):.0f}", spread(values, digits=3))
 
 
 def block(evidence: Path) -> str:

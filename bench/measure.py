@@ -147,7 +147,7 @@ def steps_table() -> list[str]:
     for name in dict.fromkeys(row["optimizer"] for row in REPORT.steps):
         line = f"{name:<28}"
         for batch in batches:
-            row = cells[name, batch]
-            line += f"{row['ms']:>11.1f} ms{row['times_sgd']:>5.2f}x"
+            row = cells.get((name, batch))  # a part may have been selected by -k
+            line += f"{row['ms']:>11.1f} ms{row['times_sgd']:>5.2f}x" if row else " " * 20
         lines.append(line)
     return lines
