@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fused_so
-from fused_so.optim import kronecker
+from fused_so.optim import factors
 from tests.optim.nets import DOUBLE, chain, linears
 
 METHODS = {
@@ -157,12 +157,12 @@ def test_drift_estimates_the_root_mean_square_eigenvalue(method, monkeypatch):
     layer = opt._layers[0]
     matrices = dense_drifts(opt, layer)
     probed = max(
-        (m @ (v := kronecker.probe(len(m), DOUBLE, m.device))).norm() / v.norm() for m in matrices
+        (m @ (v := factors.probe(len(m), DOUBLE, m.device))).norm() / v.norm() for m in matrices
     )
     torch.testing.assert_close(opt.drift(layer), probed)
     if len(matrices) > 1:
         return
-    monkeypatch.setattr(kronecker, "probe", lambda d, dtype, _: torch.randn(d, dtype=dtype))
+    monkeypatch.setattr(factors, "probe", lambda d, dtype, _: torch.randn(d, dtype=dtype))
     draws = torch.stack([opt.drift(layer) for _ in range(400)]).square()
     expected = matrices[0].square().sum() / len(matrices[0])
     assert expected > 1e-3
