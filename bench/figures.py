@@ -163,7 +163,7 @@ def table(results: Results) -> str:
     machines = sorted(
         {
             f"{one['cpu']}, {one['threads']} thread{'s' if one['threads'] > 1 else ''}, "
-            f"torch {one['torch']}, commit {one['commit'][:7]}"
+            f"torch {one['torch']}, commit {(one['commit'] or 'unknown')[:7]}"
             for one in results.machines
         }
     )

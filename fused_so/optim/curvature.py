@@ -136,10 +136,10 @@ def at_outputs(
     outputs = accumulate(outputs)
     targets = _ignored(likelihood, signal)
     if mode == "matrix_free":
-        product = partial(likelihood.curvature_product, outputs, targets=targets)
+        curve = partial(likelihood.curvature_product, outputs, targets=targets)
         # Where entries do not interact D is diagonal, and the same for every layer.
         diagonal = isinstance(likelihood, Gaussian | Bernoulli)
-        return MatrixFree(product(torch.ones_like(outputs)).mul if diagonal else product)
+        return MatrixFree(curve(torch.ones_like(outputs)).mul if diagonal else curve)
     if mode == "jacobian":
         columns = likelihood.curvature_sqrt_columns(outputs, targets=targets)
     else:

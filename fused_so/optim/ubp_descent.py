@@ -161,7 +161,7 @@ class Descent:
         products = [
             grad @ v if p is weight else grad for p, grad in zip(trained, gradients, strict=True)
         ]
-        product = torch.stack(products, 1).double()
+        held = torch.stack(products, 1).double()
         expected = (signal.T @ weights).double()
         # h v may cancel, its rounding does not; but squares of tiny inputs vanish in float32.
         reach = torch.maximum(torch.linalg.vector_norm(h, dim=1), along.abs())
@@ -170,11 +170,11 @@ class Descent:
         topmost = self._share is None
         if topmost:
             square = expected[:, 0].dot(expected[:, 0])
-            fit = product[:, 0].dot(expected[:, 0]) / square
+            fit = held[:, 0].dot(expected[:, 0]) / square
             self._share = torch.where(square > 0, fit, 1.0)
         # Rounding in the dtypes of the passage, and products in TF32.
         rounding = max(1e-3, 4 * self._eps)
-        misses = (product - self._share * expected).norm(dim=0)
+        misses = (held - self._share * expected).norm(dim=0)
         agree = misses <= rounding * self._share.abs() * sizes
         # What is not finite has a warning of its own.
         passed = agree | ~misses.isfinite()
