@@ -28,6 +28,7 @@ import torch
 from tqdm import tqdm
 
 from bench.arguments import positive
+from bench.batch_sizes import BatchSizes, batch_size
 from bench.environment import environment
 from bench.methods import METHODS
 from bench.problems import PROBLEMS, Problem, default_data
@@ -47,7 +48,7 @@ class Plan:
     longer: Mapping[str, Budget] = field(default_factory=dict)
     trials: int = 6
     seeds: int = 3
-    batch_size: int = 256
+    batch_size: int | str = 256
 
 
 def _seconds(amount: float) -> Budget:
@@ -79,7 +80,7 @@ class Piece:
     hyperparameters: dict[str, Any]
     seed: int
     budget: Budget
-    batch_size: int
+    batch_size: int | str
     threads: int
     evaluations: int
 
@@ -226,7 +227,7 @@ def _index(file: Path, name: str, plan: Plan, index: Mapping[str, Any]) -> None:
     _write(file, {**document, "methods": methods})
 
 
-def usable(methods: Sequence[str], problem: Problem, batch_size: int) -> list[str]:
+def usable(methods: Sequence[str], problem: Problem, batch_size: int | str) -> list[str]:
     """The methods that take a step on this problem; why the others do not is printed."""
     found = []
     for method in methods:
@@ -296,7 +297,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="30s|500u",
         help="the same of a run; no longer runs are then made (default: the plan's)",
     )
-    add("--batch-size", type=positive(int), help="for all methods (default: the plan's)")
+    add(
+        "--batch-size",
+        type=batch_size,
+        metavar="N|FIRST:LAST:UPDATES",
+        help="for all methods; growing exponentially within so many updates (default: the plan's)",
+    )
     add("--threads", type=positive(int), help="torch.set_num_threads (default: torch's own)")
     add("--data", type=Path, default=default_data(), help="(default: %(default)s)")
     add("--out", type=Path, default=Path("results/evidence"), help="(default: results/evidence)")
@@ -351,7 +357,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             problem = PROBLEMS[name](arguments.data)
         except (OSError, ValueError) as error:
             parser.error(f"argument --data: {error}")
-        if plan.batch_size > len(problem.train):
+        if BatchSizes.parse(plan.batch_size).last > len(problem.train):
             parser.error(f"argument --batch-size: {name} has {len(problem.train)} examples")
         methods = usable(arguments.methods, problem, plan.batch_size)
         counted = Evidence(arguments.out, None, dry=True)

@@ -88,7 +88,7 @@ def _learning_rate(run: Run) -> str:
 
 
 def figure(
-    problem: Problem, runs: Sequence[Run], batch_size: int, machine: Mapping[str, Any]
+    problem: Problem, runs: Sequence[Run], batch_size: int | str, machine: Mapping[str, Any]
 ) -> Figure:
     """The curves of all optimizers, labeled with their learning rates."""
     groups = {
@@ -102,7 +102,7 @@ def curves(
     groups: Mapping[str, Sequence[Run]],
     title: str,
     error_name: str,
-    batch_size: int,
+    batch_size: int | str,
     machine: Mapping[str, Any],
 ) -> Figure:
     """Training error against seconds and against updates: the seeds' median, and their range."""

@@ -24,6 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 from bench.arguments import positive
+from bench.batch_sizes import BatchSizes, batch_size
 from bench.environment import environment
 from bench.methods import METHODS
 from bench.problems import PROBLEMS, Problem, default_data
@@ -75,7 +76,13 @@ def _parser() -> argparse.ArgumentParser:
         "--updates", type=positive(int), help="updates a run, for results that need no clock"
     )
     add("--seeds", type=positive(int), default=3, help="runs an optimizer (default: 3)")
-    add("--batch-size", type=positive(int), default=256, help="for all methods (default: 256)")
+    add(
+        "--batch-size",
+        type=batch_size,
+        default=256,
+        metavar="N|FIRST:LAST:UPDATES",
+        help="for all methods; growing exponentially within so many updates (default: 256)",
+    )
     add(
         "--search-seconds",
         type=positive(float),
@@ -196,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         problem = PROBLEMS[arguments.problem](arguments.data)
     except (OSError, ValueError) as error:
         parser.error(f"argument --data: {error}")
-    if arguments.batch_size > len(problem.train):
+    if BatchSizes.parse(arguments.batch_size).last > len(problem.train):
         parser.error(
             f"argument --batch-size: {problem.name} has only {len(problem.train)} training examples"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +16,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 
+from bench.batch_sizes import BatchSizes
 from bench.methods import METHODS, Method
 from bench.problems import Examples, Problem
 from bench.search import BiasedRandomSampler
@@ -80,13 +82,19 @@ class Run:
         return math.inf, math.inf
 
 
-def batches(examples: Examples, size: int, seed: int) -> Iterator[Examples]:
-    """Endless batches of `size` distinct rows, reshuffled every epoch; the remainder is dropped."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        order = torch.randperm(len(examples), generator=generator)
-        for rows in order[: len(order) // size * size].split(size):
-            yield examples.take(rows)
+def batches(examples: Examples, size: int | str, seed: int) -> Iterator[Examples]:
+    """Endless batches of `size` distinct rows, reshuffled every epoch; the remainder is dropped.
+
+    `size` may also be a schedule, as `BatchSizes.parse` reads it.
+    """
+    sizes, generator = BatchSizes.parse(size), torch.Generator().manual_seed(seed)
+    order = torch.empty(0, dtype=torch.long)
+    for update in itertools.count():
+        n = sizes.at(update)
+        if len(order) < n:
+            order = torch.randperm(len(examples), generator=generator)
+        rows, order = order[:n], order[n:]
+        yield examples.take(rows)
 
 
 @torch.no_grad()
@@ -119,7 +127,7 @@ def train(
     run: Run,
     problem: Problem,
     budget: Budget,
-    batch_size: int,
+    batch_size: int | str,
     *,
     evaluations: int = EVALUATIONS,
     advance: Callable[[float, Run], object] = lambda amount, run: None,
@@ -193,7 +201,7 @@ def search(
     optimizer: str,
     problem: Problem,
     budget: Budget,
-    batch_size: int,
+    batch_size: int | str,
     trials: int,
     advance: Callable[[float, Run], object],
 ) -> list[dict[str, Any]]:

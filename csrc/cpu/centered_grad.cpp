@@ -16,7 +16,7 @@
 namespace fused_so {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> centered_grad(Tensor g, Tensor h) {
+std::tuple<Tensor, Tensor, Tensor> centered_grad(Tensor g, Tensor h, bool centered) {
   const int64_t n = g.size(0), out = g.size(1), in = h.size(1);
   const ScalarType type = accumulate_type(g.scalar_type());
   Tensor grad_weight = empty_on_cpu({out, in}, type);
@@ -29,9 +29,9 @@ std::tuple<Tensor, Tensor, Tensor> centered_grad(Tensor g, Tensor h) {
     T* const m = write<T>(mean);
     column_sums(g_view, /*squares=*/false).divide(1, write<T>(grad_bias));
     column_sums(h_view, /*squares=*/false).divide(std::max<int64_t>(n, 1), m);
-    // dW = G^T (H - 1 m^T)
-    gemm(T(1), g_view.transposed(), h_view.minus(nullptr, m), T(0), write<T>(grad_weight), in,
-         Threads::kAll);
+    // dW = G^T (H - 1 m^T), or G^T H
+    gemm(T(1), g_view.transposed(), centered ? h_view.minus(nullptr, m) : h_view, T(0),
+         write<T>(grad_weight), in, Threads::kAll);
   });
   return {grad_weight, grad_bias, mean};
 }

@@ -13,9 +13,8 @@ from fused_so import ops
 
 def outer_sum(g: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     """sum_i g_i h_i^T and sum_i g_i, over the rows of g (n, out) and h (n, in)."""
-    # g^T h = g^T (h - 1 m^T) + (sum g) m^T
-    centered, total, mean = ops.centered_grad(g, h)
-    return centered.addr_(total, mean), total
+    total_weight, total_bias, _ = ops.centered_grad(g, h, centered=False)
+    return total_weight, total_bias
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

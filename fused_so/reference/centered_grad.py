@@ -7,8 +7,8 @@ from torch import Tensor
 from fused_so._dtypes import accumulate
 
 
-def centered_grad(g: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def centered_grad(g: Tensor, h: Tensor, *, centered: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     g, h = accumulate(g), accumulate(h)
     n = h.shape[0]
     mean = h.sum(0) / max(n, 1)
-    return g.T @ (h - mean), g.sum(0), mean
+    return g.T @ (h - mean if centered else h), g.sum(0), mean

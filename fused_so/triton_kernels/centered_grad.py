@@ -29,6 +29,7 @@ from ._product import (
     add_partials,
     corrected_product,
     launch_planned,
+    plan,
     product_tile,
     rounded,
     store_tile,
@@ -36,7 +37,7 @@ from ._product import (
 
 
 def centered_grad(
-    g: torch.Tensor, h: torch.Tensor
+    g: torch.Tensor, h: torch.Tensor, *, centered: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """grad_weight (out, in), grad_bias (out,) and mean (in,) of g (n, out) and h (n, in)."""
     (n, out), width = g.shape, h.shape[1]
@@ -45,11 +46,14 @@ def centered_grad(
     if n == 0:
         return tuple(g.new_zeros(shape, dtype=dtype) for shape in shapes)
     with device_guard(g):
-        launch = functools.partial(_launch, g, h)
+        if not centered:
+            # Not searched: of halves a tile of the search spills on sm_100.
+            return _launch(g, h, False, plan(width, out, n, g.dtype))
+        launch = functools.partial(_launch, g, h, True)
         return launch_planned("centered_grad", launch, g, width, out, n, g.dtype)
 
 
-def _launch(g: torch.Tensor, h: torch.Tensor, plan: Plan):
+def _launch(g: torch.Tensor, h: torch.Tensor, centered: bool, planned: Plan):
     (n, out), width = g.shape, h.shape[1]
     dtype = torch.promote_types(g.dtype, torch.float32)
     shapes = (out, width), (out,), (width,)
@@ -58,7 +62,7 @@ def _launch(g: torch.Tensor, h: torch.Tensor, plan: Plan):
     # A mean of float32 would be off by its rounding, which the sum of g can make large.
     h_sums = mean.new_empty((sum_splits, width), dtype=torch.float64)
     g_sums = mean.new_empty((sum_splits, out), dtype=torch.float64)
-    config, tiles, splits, depth = plan
+    config, tiles, splits, depth = planned
     partials = grad_weight if splits == 1 else grad_weight.new_empty((splits, out, width))
     (h_width_n, h_width_i), (g_width_n, g_width_o) = load_widths(h), load_widths(g)
 
@@ -73,8 +77,8 @@ def _launch(g: torch.Tensor, h: torch.Tensor, plan: Plan):
         h_sums, g_sums, sum_splits, partials, grad_bias, mean,
         BLOCK_S=MAX_SPLITS, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         BLOCK_K=config.block_k, PRECISION=dot_precision(g.dtype), ROUNDED=rounded(g.dtype),
+        CENTERED=centered, WIDTH_OUT=load_widths(grad_weight)[1],
         WIDTH_HN=h_width_n, WIDTH_HI=h_width_i, WIDTH_GN=g_width_n, WIDTH_GO=g_width_o,
-        WIDTH_OUT=load_widths(grad_weight)[1],
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     if splits > 1:
@@ -170,6 +174,7 @@ def _centered_product(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
     ROUNDED: tl.constexpr,
+    CENTERED: tl.constexpr,
     WIDTH_HN: tl.constexpr,
     WIDTH_HI: tl.constexpr,
     WIDTH_GN: tl.constexpr,
@@ -183,11 +188,12 @@ def _centered_product(
     col = j * BLOCK_N + tl.arange(0, BLOCK_N)
     # m = (1/n) sum h
     mean = sum_of_splits(h_sums_ptr, width, sum_splits, row, width, BLOCK_S) / n
-    # A half h minus a half shift is what the product takes apart without loss.
-    shift = mean.to(ACC).to(h_ptr.dtype.element_ty).to(ACC)
-    rest = (mean - shift).to(ACC)
+    shift = None
+    if CENTERED:
+        # A half h minus a half shift is what the product takes apart without loss.
+        shift = mean.to(ACC).to(h_ptr.dtype.element_ty).to(ACC)
 
-    # dW^T = (H - 1 s^T)^T G
+    # dW^T = (H - 1 s^T)^T G, or H^T G
     row_offset = row.to(tl.int64) * multiple_of(stride_hi, WIDTH_HN)
     value, _ = corrected_product(
         h_ptr, row_offset, stride_hn, g_ptr, stride_gn, stride_go, width, out, n, split, depth,
@@ -196,8 +202,10 @@ def _centered_product(
         WIDTH_AM=WIDTH_HI, WIDTH_AK=WIDTH_HN, WIDTH_BK=WIDTH_GN, WIDTH_BN=WIDTH_GO,
     )  # fmt: skip
     bias = sum_of_splits(g_sums_ptr, out, sum_splits, col, out, BLOCK_S).to(ACC)
-    # dW^T <- dW^T - (m - s) (sum g)^T, once
-    value -= tl.where(split == 0, rest, 0.0)[:, None] * bias[None, :]
+    if CENTERED:
+        # dW^T <- dW^T - (m - s) (sum g)^T, once
+        rest = (mean - shift).to(ACC)
+        value -= tl.where(split == 0, rest, 0.0)[:, None] * bias[None, :]
     if (split == 0) & (j == 0):
         tl.store(mean_ptr + row, mean.to(ACC), mask=row < width)
     if (split == 0) & (i == 0):

@@ -12,6 +12,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 
 from bench import methods, training
 from bench import train as program
+from bench.batch_sizes import BatchSizes
 from bench.methods import METHODS
 from bench.problems import PROBLEMS, Examples
 from bench.training import Budget, Run
@@ -96,6 +97,23 @@ def test_batches_cover_an_epoch_and_repeat_with_the_seed():
     assert all(len(epoch.unique()) == 9 for epoch in epochs)
     assert not torch.equal(*epochs)
     assert torch.equal(epochs[0], torch.cat([next(again).inputs for _ in range(3)]))
+
+
+def test_batch_sizes_grow_exponentially_up_to_the_last():
+    sizes = BatchSizes.parse("128:1024:30")
+    assert [sizes.at(update) for update in (0, 10, 20, 30, 31, 1000)] == [
+        128, 256, 512, 1024, 1024, 1024,
+    ]  # fmt: skip
+    assert BatchSizes.parse("256") == BatchSizes.parse(256) == BatchSizes(256, 256, 1)
+
+
+def test_growing_batches_hold_every_row_at_most_once_an_epoch():
+    rows = torch.arange(10.0)
+    stream = training.batches(Examples(rows, rows), "2:4:2", seed=0)
+    drawn = [next(stream).inputs for _ in range(5)]
+    assert [len(batch) for batch in drawn] == [2, 3, 4, 4, 4]
+    assert len(torch.cat(drawn[:3]).unique()) == 9  # the tenth row is too few for the fourth batch
+    assert len(torch.cat(drawn[3:]).unique()) == 8
 
 
 def test_targets_are_taken_with_their_inputs():
@@ -209,7 +227,11 @@ def test_table_counts_to_the_best_of_sgd():
         (["--updates", "5", "--search-seconds", "5"], "argument --search-seconds: not allowed"),
         (["--trials", "0"], "argument --trials: must be a positive int, got '0'"),
         (["--seeds", "-1"], "argument --seeds: must be a positive int, got '-1'"),
-        (["--batch-size", "x"], "argument --batch-size: must be a positive int, got 'x'"),
+        (["--batch-size", "x"], "argument --batch-size: must be a positive int, or FIRST:LAST"),
+        (["--batch-size", "0"], "argument --batch-size: must be a positive int, or FIRST:LAST"),
+        (["--batch-size", "9:8:5"], "with FIRST at most LAST, got '9:8:5'"),
+        (["--batch-size", "8:9"], "with FIRST at most LAST, got '8:9'"),
+        (["--batch-size", "64:5000:9"], "argument --batch-size: digits has only 1500 training"),
         (["--batch-size", "5000"], "argument --batch-size: digits has only 1500 training"),
         (["--threads", "0"], "argument --threads: must be a positive int, got '0'"),
         (["--lr", "0.1"], "argument --lr: must be OPTIMIZER=RATE, got '0.1'"),

@@ -66,8 +66,17 @@ def test_budget_of_random_shapes(n, out, width, dtype, layout):
     check(n, out, width, dtype, layout if n else "contiguous")
 
 
-def test_no_rows_give_zeros():
-    weight, bias, mean = ops.centered_grad(torch.empty(0, 3), torch.empty(0, 2))
+@pytest.mark.parametrize("dtype", budget.DTYPES)
+@pytest.mark.parametrize("layout", budget.LAYOUTS)
+@pytest.mark.parametrize(("n", "out", "width"), [(3, 2, 5), (300, 65, 130), (20, 300, 300)])
+def test_budget_without_centering(n, out, width, layout, dtype):
+    check(n, out, width, dtype, layout, offset=2.0, centered=False)
+
+
+@pytest.mark.parametrize("centered", [True, False])
+def test_no_rows_give_zeros(centered):
+    g, h = torch.empty(0, 3), torch.empty(0, 2)
+    weight, bias, mean = ops.centered_grad(g, h, centered=centered)
     assert torch.equal(weight, torch.zeros(3, 2))
     assert torch.equal(bias, torch.zeros(3))
     assert torch.equal(mean, torch.zeros(2))
@@ -97,11 +106,13 @@ def test_threads_do_not_change_a_bit(n, out, width):
     budget.assert_threads_do_not_change_a_bit(lambda: ops.centered_grad(g, h))
 
 
+@pytest.mark.parametrize("centered", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(dtype):
+def test_opcheck(dtype, centered):
     g = budget.random_matrix(7, 5, dtype, seed=0)
     h = budget.random_matrix(7, 3, dtype, seed=0)
-    torch.library.opcheck(torch.ops.fused_so.centered_grad.default, (g, h))
+    op = torch.ops.fused_so.centered_grad.default
+    torch.library.opcheck(op, (g, h), {"centered": centered})
 
 
 def test_compile_fullgraph():
@@ -122,6 +133,7 @@ def test_compile_fullgraph():
         ({"g": torch.ones(6, 2).cfloat()}, TypeError, "g must be float16.*got torch.complex64"),
         ({"h": torch.ones(6, 3).double()}, TypeError, "h must have the dtype of g, torch.float32"),
         ({"h": torch.ones(6, 3, device="meta")}, ValueError, "h must be on the device of g, cpu"),
+        ({"centered": 1}, TypeError, "centered must be True or False, got 1"),
     ],
 )
 def test_bad_input(change, error, message):

@@ -15,8 +15,8 @@ SHAPES = [(1, 1, 1), (3, 2, 5), (33, 17, 40), (64, 32, 64), (300, 20, 30), (130,
 TILED = [(dtype, tile) for dtype in budget.DTYPES for tile in range(len(_product.CONFIGS[dtype]))]
 
 
-def run(g, h):
-    return [x.cpu() for x in centered_grad(moved(g), moved(h))]
+def run(g, h, **options):
+    return [x.cpu() for x in centered_grad(moved(g), moved(h), **options)]
 
 
 def column(values, dtype):
@@ -28,6 +28,12 @@ def column(values, dtype):
 def test_budget_of_every_tile(n, out, width, dtype, tile, monkeypatch):
     monkeypatch.setitem(_product.CONFIGS, dtype, _product.CONFIGS[dtype][tile : tile + 1])
     checks.centered_grad(run, n, out, width, dtype)
+
+
+@pytest.mark.parametrize("dtype", budget.DTYPES)
+@pytest.mark.parametrize(("n", "out", "width"), [(3, 2, 5), (33, 17, 40), (300, 20, 30)])
+def test_budget_without_centering(n, out, width, dtype):
+    checks.centered_grad(run, n, out, width, dtype, offset=2.0, centered=False)
 
 
 @pytest.mark.parametrize("dtype", budget.DTYPES)

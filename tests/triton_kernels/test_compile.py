@@ -106,8 +106,11 @@ def centered_grad_cases():
         for dtype in (torch.bfloat16, torch.float32, torch.float64):
             g, h = (meta(size[0], cols, dtype=dtype) for cols in size[1:])
             yield f"centered_grad {dtype} {size}", lambda g=g, h=h: centered_grad(g, h)
+            plain = functools.partial(centered_grad, g, h, centered=False)
+            yield f"centered_grad uncentered {dtype} {size}", plain
     half = meta(8192, 2000, dtype=torch.float16)
     yield "centered_grad float16", lambda: centered_grad(half, half)
+    yield "centered_grad uncentered float16", lambda: centered_grad(half, half, centered=False)
     g, h = meta(1000, 1024), meta(784, 1024)
     yield "centered_grad transposed", lambda: centered_grad(g.T, h.T)
     yield "centered_grad one by one", lambda: centered_grad(meta(1, 1), meta(1, 1))
