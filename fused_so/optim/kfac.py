@@ -152,7 +152,6 @@ class KFAC(FisherOptimizer):
             options[name] = value if options[name] is None else options[name]
         self._recipe: PaperRecipe | None = None
         self._tridiagonal: TridiagonalInverse | None = None
-        self._joint: dict[Layer, tuple[Tensor, Tensor]] | None = None
         super().__init__(
             model,
             options,
@@ -196,17 +195,13 @@ class KFAC(FisherOptimizer):
 
     def invert_factors(self, layers: list[Layer]) -> None:
         super().invert_factors(layers)
-        self._joint = None
         if self._tridiagonal is not None:
             self._tridiagonal.refresh(layers)
 
     def precondition(self, layer: Layer) -> tuple[Tensor, Tensor] | None:
         if self._tridiagonal is None:
             return super().precondition(layer)
-        if self._joint is None:
-            moved = [layer for layer in self._layers if layer.module.weight.grad is not None]
-            self._joint = self._tridiagonal.precondition(moved)
-        return self._joint.get(layer)
+        return self._tridiagonal.precondition(layer)
 
     # The paper's recipe.
 
@@ -216,12 +211,10 @@ class KFAC(FisherOptimizer):
         super()._adopt()
 
     def _update(self) -> None:
-        self._joint = None
         if self._recipe is None:
             super()._update()
         else:
             self._recipe.update()
-        self._joint = None
 
     def diagnostics(self) -> dict[str, Any]:
         """As for every Kronecker optimizer; with recipe="paper" also "damping" (lambda), "gamma",
