@@ -154,6 +154,20 @@ METHODS: dict[str, Method] = {
         lr=_log(3.2e-3, 1),
         relative_damping=_RELATIVE_DAMPING,
     ),
+    # The paper's first lambda, 150, takes a hundred updates to come down here.
+    "kfac_paper": _method(
+        _fused_so("KFAC", likelihood=True, recipe="paper", damping=1.0), lr=_log(0.1, 1)
+    ),
+    "kfac_paper_tridiagonal": _method(
+        _fused_so(
+            "KFAC",
+            likelihood=True,
+            recipe="paper",
+            damping=1.0,
+            structure="block_tridiagonal",
+        ),
+        lr=_log(0.1, 1),
+    ),
     "ubp": _method(_fused_so("UBP", likelihood=True), searched=True, lr=_log(3.2e-4, 3.2e-1)),
     # Without momentum, as Algorithm 2 of George 2017; a longer correction does no harm then.
     "sgd_plain": _method(_sgd_plain, searched=True, lr=_log(3.2e-3, 3.2)),

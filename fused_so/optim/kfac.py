@@ -50,53 +50,47 @@ class KFAC(FisherOptimizer):
 
     Args:
         model: the module to train; called as `model(...)` and returning one tensor, unless
-            factors are "empirical"; evaluate it under torch.no_grad(), since every other forward
-            pass is taken for one of training. Its nn.Linear layers are preconditioned; every other
-            parameter takes momentum SGD with the same lr and bound, and a warning lists them.
+            factors are "empirical". Evaluate it under torch.no_grad(): every other forward pass
+            is taken for training. Parameters that are no nn.Linear's take momentum SGD with the
+            same lr and bound, and a warning lists them.
         lr: the learning rate, >= 0. While max_norm = 1 binds, as it usually does, a step without
-            momentum changes the model's distribution by lr^2 / 2 nats an example, whatever the
-            scale of the loss; with momentum beta, lr / (1 - beta) takes the place of lr.
+            momentum changes the model's distribution, as the factors have it, by lr^2 / 2 nats an
+            example; with momentum beta, lr / (1 - beta) takes the place of lr.
         likelihood: that of the loss: `fused_so.Categorical()` and the others, or the nn loss in
-            use. It must divide by what the loss divides by (`reduction`), and the model's outputs
-            must have the shape it takes, (n, classes, ...). Targets that the loss ignores count
-            like others in C, G and N: the model's own pass comes before the loss and knows of
-            none. None: the factors are "empirical", in which ignored targets have no gradient
-            but count as rows.
+            use. It must divide by what the loss divides by (`reduction`), and take outputs of
+            the model's shape, (n, classes, ...). Targets that the loss ignores count like others
+            in C, G and N, unknown to the model's own pass. None: the factors are "empirical", in
+            which they have no gradient but count as rows.
         factors: whose gradients make G. "sampled": of targets drawn from the model, one more
-            backward pass to the layers' outputs on steps with statistics. "gauss_newton": of
-            random signs times a root of the curvature at the outputs; the same expectation, less
-            noise. "exact": that expectation, with as many passes as there are outputs.
-            "empirical": of the loss itself, a mean over rows (with a likelihood of reduction "sum"
-            a sum), in one backward pass a step; no extra pass, but the second moment of the
-            gradients is no Fisher, and vanishes where the fit is good.
+            backward pass on steps with statistics. "gauss_newton": of random signs times a root
+            of the curvature at the outputs; the same expectation, less noise. "exact": that
+            expectation, with as many passes as there are outputs. "empirical": of the loss
+            itself, a mean over rows (with a likelihood of reduction "sum" a sum), in one backward
+            pass a step; no extra pass, but no Fisher, and it vanishes where the fit is good.
         structure: "block_diagonal", or "block_tridiagonal", which also models the interaction of
             each layer with the next (section 3.3; the layers in the order of `model.modules()`,
             each called once in a forward pass) for eigendecompositions at each refresh and about
-            three times the products a step; whether an update gains by it depends on the problem.
+            three times the products a step.
         damping: lambda >= 0, in units of the loss's curvature.
         relative_damping: delta >= 0, relative to the mean curvature of the layer.
-        momentum: of the preconditioned updates, in [0, 1]. The default is none: early steps,
-            whose curvature changes quickly, overshoot with it.
+        momentum: of the preconditioned updates, in [0, 1]; early steps overshoot with it.
         nesterov: take the look-ahead form of momentum.
-        weight_decay: eta >= 0: eta / 2 times the squared norm is part of the objective and of its
-            metric. Parameters that no layer owns decay as in SGD.
+        weight_decay: eta >= 0: eta / 2 times the squared norm is part of objective and metric.
+            Parameters that no layer owns decay as in SGD.
         statistics_every: average the statistics every so many steps.
-        inverse_every: invert them every so many steps, or "auto", as for `ACP`. What counts
-            steps also happens at steps 0, 1, 2, 4, 8, ... up to there.
-        drift_tolerance: for "auto", as for `ACP`.
-        decay: of the exponential averages, in [0, 1]; bias-corrected.
-        max_norm: an upper bound for the norm of a param group's update in its metric, before lr:
-            its square is twice the divergence, in nats an example, by which the update would
-            change the model's distribution, to second order (a "KL clip"). None for no bound.
+        inverse_every, drift_tolerance, decay: as for `ACP`.
+        max_norm: an upper bound for the norm of a param group's update in its metric, before lr
+            (a "KL clip"): its square is twice the divergence, in nats an example, by which the
+            update changes the model's distribution, to second order. None for no bound.
         warmup: the number of first steps over which updates grow from a fifth to their full
             length; 0 for none.
         recipe: None, or "paper" for the whole of Martens and Grosse 2015 (sections 6 and 7 of the
             long version), which needs `step(closure)` and a likelihood: lambda and the factors'
-            damping are adapted, and step size and momentum come from the exact Fisher's
-            quadratic model on the batch; momentum, nesterov, max_norm and warmup are ignored. Now
-            and then the closure is called again, and must compute the loss of the same batch. The
-            model must have forward-mode derivatives, and parameters in float32 or float64. The
-            options whose default is None have one that depends on the recipe.
+            damping are adapted, step size and momentum come from the exact Fisher's quadratic
+            model on the batch; momentum, nesterov, max_norm and warmup are ignored. At times the
+            closure is called again, and must compute the loss of the same batch. The model must
+            have forward-mode derivatives, and parameters in float32 or float64. The options whose
+            default is None have one that depends on the recipe.
         grad_scaler: the torch.amp.GradScaler in use, if any; only "empirical" depends on it.
         params: parameters or param groups, as for `ACP`; recipe="paper" takes one group.
 
@@ -152,15 +146,8 @@ class KFAC(FisherOptimizer):
             options[name] = value if options[name] is None else options[name]
         self._recipe: PaperRecipe | None = None
         self._tridiagonal: TridiagonalInverse | None = None
-        self._joint: dict[Layer, tuple[Tensor, Tensor]] | None = None
-        super().__init__(
-            model,
-            options,
-            params,
-            likelihood=likelihood,
-            factors=factors,
-            grad_scaler=grad_scaler,
-        )
+        fisher = {"likelihood": likelihood, "factors": factors, "grad_scaler": grad_scaler}
+        super().__init__(model, options, params, **fisher)
         if structure == "block_tridiagonal":
             self._tridiagonal = TridiagonalInverse(self)
         if recipe == "paper":
@@ -196,17 +183,13 @@ class KFAC(FisherOptimizer):
 
     def invert_factors(self, layers: list[Layer]) -> None:
         super().invert_factors(layers)
-        self._joint = None
         if self._tridiagonal is not None:
             self._tridiagonal.refresh(layers)
 
     def precondition(self, layer: Layer) -> tuple[Tensor, Tensor] | None:
         if self._tridiagonal is None:
             return super().precondition(layer)
-        if self._joint is None:
-            moved = [layer for layer in self._layers if layer.module.weight.grad is not None]
-            self._joint = self._tridiagonal.precondition(moved)
-        return self._joint.get(layer)
+        return self._tridiagonal.precondition(layer)
 
     # The paper's recipe.
 
@@ -216,17 +199,15 @@ class KFAC(FisherOptimizer):
         super()._adopt()
 
     def _update(self) -> None:
-        self._joint = None
         if self._recipe is None:
             super()._update()
         else:
             self._recipe.update()
-        self._joint = None
 
     def diagnostics(self) -> dict[str, Any]:
         """As for every Kronecker optimizer; with recipe="paper" also "damping" (lambda), "gamma",
-        and "ratio", that of the last two evaluated losses' difference to the predicted one; its
-        "norm" is that of the last step under the exact Fisher, damped."""
+        "ratio", of the last evaluated change of the loss to the predicted one; "norm" is that of
+        the last step under the damped exact Fisher."""
         report = super().diagnostics()
         return report if self._recipe is None else report | self._recipe.diagnostics()
 

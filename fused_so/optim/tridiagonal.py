@@ -8,7 +8,7 @@ the output gradients, the inverse is Xi^T diag(Sigma_i^-1) Xi, where Xi = I - Ps
     Sigma_i = A_ii (x) G_ii - (P A_jj P^T) (x) (Q G_jj Q^T)
 
 The inputs are x = (h - m, 1), so that A_ii = diag(C_i, 1), or h for a layer without bias; the
-diagonal blocks are damped and the others are not.
+diagonal blocks are damped and the others are not, but for the ones of A_ij.
 """
 
 from __future__ import annotations
@@ -92,13 +92,15 @@ class TridiagonalInverse:
 
     def refresh(self, due: list[Layer]) -> None:
         """Brings up to date what depends on the factors of the layers that are due."""
+        for layer in self._optimizer._layers:
+            layer.batch.pop("update", None)
         for layer, following in self._pairs():
             if (layer in due or following in due) and "cross" in layer.state:
                 for side in ("input", "output"):
                     self._refresh(Factor(layer, side), Factor(following, side))
 
     def _refresh(self, factor: Factor, following: Factor) -> None:
-        lower, cross = self._cholesky(factor), _cross(factor, following)
+        lower, cross = self._cholesky(factor), self._cross(factor, following)
         # P = A_ij A_jj^-1
         regression = torch.cholesky_solve(cross.mT, self._cholesky(following)).mT
         # With A_ii = L L^T and L^-1 (P A_jj P^T) L^-T = E S E^T, K = L^-T E diagonalizes both:
@@ -124,11 +126,35 @@ class TridiagonalInverse:
                 return torch.block_diag(lower, lower.new_ones(1, 1)) if factor.centered else lower
         raise not_positive_definite(factor, boosted(damping, covariance, boost))
 
-    @torch.no_grad()
-    def precondition(self, layers: list[Layer]) -> dict[Layer, tuple[Tensor, Tensor]]:
-        """The updates of weight and bias of all layers, each (out, in) and (out,)."""
+    def _cross(self, factor: Factor, following: Factor) -> Tensor:
+        """A_ij, in which the constants' correlations are damped like those of other inputs.
+
+        rho = 1 / sqrt(1 + d / c) for inputs of mean variance c with d added. The constants of two
+        layers would otherwise be fully correlated, and Sigma of the biases next to singular
+        where g_j explains g_i.
+        """
+        cross = _undamped_cross(factor, following)
+        for side, constants in ((factor, cross[-1]), (following, cross[:, -1])):
+            if side.centered:
+                c = self._optimizer.mean_variances(side.layer)[0]
+                constants.mul_((1 + self._optimizer.dampings(side.layer)["input"] / c).rsqrt())
+        return cross
+
+    def precondition(self, layer: Layer) -> tuple[Tensor, Tensor] | None:
+        """The update of weight and bias, or None while the layer has no inverse.
+
+        Those of all layers come at once: the rest are kept until the next step or refresh.
+        """
+        if "update" not in layer.batch:
+            for other, update in self._updates().items():
+                other.batch["update"] = update
+        return layer.batch.get("update")
+
+    def _updates(self) -> dict[Layer, tuple[Tensor, Tensor]]:
+        """Of the layers that have a gradient and an inverse, each (out, in) and (out,)."""
         optimizer = self._optimizer
-        inverted = [layer for layer in layers if layer.inverted]
+        moved = [x for x in optimizer._layers if x.module.weight.grad is not None]
+        inverted = [layer for layer in moved if layer.inverted]
         v = {layer: _homogeneous(optimizer, layer) for layer in inverted}
         pairs = [(i, j) for i, j in self._pairs() if i in v and j in v and "regression" in i.state]
         # u = Xi v
@@ -158,7 +184,7 @@ class TridiagonalInverse:
         return k_out @ ((k_out.mT @ v @ k_in) / left) @ k_in.mT
 
 
-def _cross(factor: Factor, following: Factor) -> Tensor:
+def _undamped_cross(factor: Factor, following: Factor) -> Tensor:
     """A_ij of the inputs (x - m, 1), or G_ij."""
     cross = factor.get("cross")
     if factor.side == "output":

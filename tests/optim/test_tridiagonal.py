@@ -50,6 +50,14 @@ def all_factors(model, x, y, kind):
     return [[a.T @ b / len(x) for b in inputs] for a in inputs], grams
 
 
+def less_constant(mean, rho):
+    """(h, 1) with its constant, in the coordinates (h - m, 1), multiplied by rho."""
+    center = torch.eye(len(mean) + 1, dtype=DOUBLE)
+    center[:-1, -1] = -mean
+    scale = torch.diag(torch.cat([torch.ones_like(mean), rho[None]]))
+    return torch.linalg.solve(center, scale @ center)
+
+
 def dense_inverse(a, g):
     """F-hat^-1 = Xi^T Lambda Xi from all blocks A_ij and G_ij."""
     depth = len(a)
@@ -83,11 +91,20 @@ def test_update_is_that_of_the_dense_inverse(depth, bias, kind):
     )
     loss_of(kind, model(x), y).backward()
     a, g = all_factors(model, x, y, kind)
+    shrink = []
     for i, layer in enumerate(layers):
         state, has_bias = opt.state[layer.weight], layer.bias is not None
         c, k = state["covariance"].diagonal().mean(), state["output_covariance"].diagonal().mean()
         d = ((c / k * 1e-3).sqrt() + 1e-3**0.5 * c, (k / c * 1e-3).sqrt() + 1e-3**0.5 * k)
+        rho = (1 + d[0] / c) ** -0.5
+        shrink.append(
+            less_constant(a[i][i][:-1, -1], rho)
+            if has_bias
+            else torch.eye(layer.in_features, dtype=DOUBLE)
+        )
         a[i][i], g[i][i] = damped(a[i][i], d[0], has_bias), damped(g[i][i], d[1], False)
+    for i, j in itertools.permutations(range(depth), 2):
+        a[i][j] = shrink[i] @ a[i][j] @ shrink[j].T
     inverse, f, sizes = dense_inverse(a, g)
     # F-hat has the blocks of F-tilde on the tridiagonal, and its inverse no others.
     f_hat = [row.split(sizes, 1) for row in torch.linalg.inv(inverse).split(sizes, 0)]
@@ -152,12 +169,17 @@ def test_ten_steps_follow_an_independent_loop():
             cuts, spans = [slice(*cut) for cut in cuts], [slice(*span) for span in spans]
             a = [[torch.block_diag(c[i, j], one) for j in cuts] for i in cuts]
             g = [[gram[i, j].clone() for j in spans] for i in spans]
+            rhos = []
             for i, layer in enumerate(layers):
                 v = c[cuts[i], cuts[i]].trace() / layer.in_features
                 k = g[i][i].trace() / layer.out_features
                 gamma, root = (lam + eta) ** 0.5, delta**0.5
-                a[i][i] = damped(a[i][i], (v / k).sqrt() * gamma + root * v)
+                d = (v / k).sqrt() * gamma + root * v
+                rhos.append((1 + d / v) ** -0.5)
+                a[i][i] = damped(a[i][i], d)
                 g[i][i] = damped(g[i][i], (k / v).sqrt() * gamma + root * k, False)
+            for i, j in itertools.permutations(range(3), 2):
+                a[i][j][-1, -1] = rhos[i] * rhos[j]
             inverse = dense_inverse(a, g)[0]
         gradients = []
         for layer, cut in zip(layers, cuts, strict=True):
