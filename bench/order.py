@@ -11,7 +11,8 @@ scikit-learn's, moved by up to one pixel and with noise of standard deviation 0.
 examples a half, none of them seen twice. As in the paper, the methods are compared where they have
 learned equally well: each method has the step size whose error on held-out digits, without any
 replacement, is nearest to SGD's with its best one; errors are in the file. All of it is repeated on
-several seeds.
+several seeds. The file is written after every seed of a method; the same command goes on from
+there.
 """
 
 from __future__ import annotations
@@ -143,6 +144,28 @@ def variances(
     return found
 
 
+def experiment() -> dict[str, Any]:
+    """What one file's results have in common."""
+    return {
+        "segments": SEGMENTS,
+        "replacements": REPLACEMENTS,
+        "batches": BATCHES,
+        "batch": BATCH,
+        "held_out": HELD_OUT,
+        "rates": list(RATES),
+    }
+
+
+def finished(file: Path) -> dict[str, Any]:
+    """The results that an earlier call of the same experiment left in the file."""
+    try:
+        document = json.loads(file.read_text())
+    except FileNotFoundError:
+        return {}
+    same = all(document.get(name) == value for name, value in experiment().items())
+    return document["results"] if same else {}
+
+
 def figure(results: dict[str, Any]) -> Figure:
     """The variance by segment: the seeds' median and range."""
     drawing = Figure(figsize=(6, 4), dpi=150, layout="constrained")
@@ -175,20 +198,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=positive(int), default=3, help="(default: 3)")
     parser.add_argument("--out", type=Path, default=Path("results"), help="(default: results)")
     options = parser.parse_args(argv)
-    data = Digits()
-    total = len(METHODS) * (len(RATES) + options.seeds * (1 + SEGMENTS * REPLACEMENTS))
-    with tqdm(total=total, unit="run") as bar:
-        rates = chosen_rates(data, 1000, bar.update)
-        results: dict[str, Any] = {method: {"lr": rates[method], "seeds": []} for method in METHODS}
-        for seed in range(options.seeds):
-            for method, lr in rates.items():
-                error = train(method, lr, data, seed)[1]
-                bar.update()
-                found = variances(method, lr, data, seed, bar.update)
-                results[method]["seeds"].append({"error": error, "variance": found})
     options.out.mkdir(parents=True, exist_ok=True)
-    document = {"machine": environment(), "seeds": options.seeds, "results": results}
-    write_whole(options.out / "order.json", json.dumps(document, indent=1) + "\n")
+    file, data = options.out / "order.json", Digits()
+    results = finished(file)
+    runs = 1 + SEGMENTS * REPLACEMENTS
+    with tqdm(total=len(METHODS) * (len(RATES) + options.seeds * runs), unit="run") as bar:
+        if results:
+            bar.update(len(METHODS) * len(RATES))
+        else:
+            rates = chosen_rates(data, 1000, bar.update)
+            results = {method: {"lr": rates[method], "seeds": []} for method in METHODS}
+        for seed in range(options.seeds):
+            for method, result in results.items():
+                if seed < len(result["seeds"]):
+                    bar.update(runs)
+                    continue
+                error = train(method, result["lr"], data, seed)[1]
+                bar.update()
+                found = variances(method, result["lr"], data, seed, bar.update)
+                result["seeds"].append({"error": error, "variance": found})
+                document = {"machine": environment(), **experiment(), "results": results}
+                write_whole(file, json.dumps(document, indent=1) + "\n")
     figure(results).savefig(options.out / "order.png")
     for method, result in results.items():
         values = np.median([seed["variance"] for seed in result["seeds"]], axis=0)

@@ -87,6 +87,35 @@ def test_a_short_run_leaves_a_file_and_a_figure(tmp_path, small, capsys):
     assert "natural gradient, lr" in capsys.readouterr().out
 
 
+def test_a_stopped_run_goes_on_where_it_was(tmp_path, small, monkeypatch):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert program.main(["--seeds", "2", "--out", str(whole)]) == 0
+    calls, train = [], program.train
+
+    def counted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 4 + 21 + 30:  # rates, the first seed of one method, half of the other's
+            raise KeyboardInterrupt
+        return train(*arguments)
+
+    monkeypatch.setattr(program, "train", counted)
+    with pytest.raises(KeyboardInterrupt):
+        program.main(["--seeds", "2", "--out", str(stopped)])
+    calls[:] = [()] * 1000
+    assert program.main(["--seeds", "2", "--out", str(stopped)]) == 0
+    assert len(calls) == 1000 + 2 * 2 * 21 - 2 * 21  # two of the four were finished
+    results = [json.loads((out / "order.json").read_text())["results"] for out in (whole, stopped)]
+    assert results[0] == results[1]
+
+
+def test_results_of_another_experiment_are_not_continued(tmp_path, small, monkeypatch):
+    assert program.main(["--seeds", "1", "--out", str(tmp_path)]) == 0
+    assert set(program.finished(tmp_path / "order.json")) == set(program.METHODS)
+    monkeypatch.setattr(program, "RATES", (0.3,))
+    assert program.finished(tmp_path / "order.json") == {}
+    assert program.finished(tmp_path / "no.json") == {}
+
+
 def test_bad_arguments_are_named(capsys):
     with pytest.raises(SystemExit):
         program.main(["--seeds", "0"])
