@@ -73,6 +73,11 @@ STAGES = (
         "-m bench.evidence --out {out}/evidence_512 --problems curves --methods adam,kfac "
         "--batch-size 512 --run-budget 20s"
     ),
+    Stage(
+        "-m bench.evidence --out {out}/evidence_tridiagonal --problems curves "
+        "--methods kfac,kfac_tridiagonal --trials 8 --trial-budget 200u --run-budget 200u "
+        "--threads 1"
+    ),
     _train(
         "curves_tridiagonal",
         "curves",
