@@ -1,18 +1,21 @@
-"""Rerun, from nothing, all that README cites but the results of a GPU: hours on two cores.
+"""Rerun all that README cites but the results of a GPU: hours on two cores.
 
-    python -m bench.everything --out bench/results --readme README.md
+    python -m bench.everything --out results
 
-Stage by stage, each a command that can be given by itself; --dry-run prints them. A stage whose
-file is there is not run again; those of many pieces go on piece by piece. So the same command goes
-on after it was stopped. The machine should have nothing else to do. The first stage that fails
-ends it, with its exit status.
+In an empty folder that is all of it, from nothing; in one that has results, what is missing. Stage
+by stage, each a command that can be given by itself; --dry-run prints them. A stage whose file is
+there is not run again; those of many pieces go on piece by piece. So the same command goes on after
+it was stopped. The machine should have nothing else to do. The first stage that fails ends it, with
+its exit status.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -24,8 +27,10 @@ AVX2 = {
     "ATEN_CPU_CAPABILITY": "avx2",
     "MKL_ENABLE_INSTRUCTIONS": "AVX2",
     "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "TORCHINDUCTOR_CACHE_DIR": "{out}/unfinished/inductor",
 }
-"""Ours, ATen, MKL and oneDNN held to AVX2; Inductor's cache knows nothing of that."""
+"""Ours, ATen, MKL and oneDNN held to AVX2; Inductor's usual cache would not notice."""
+COMPARED = ("singd", "sirfshampoo", "pytorch_optimizer")
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,10 @@ STAGES = (
     Stage("-m bench.order --out {out}"),
     Stage("-m bench.search_experiment --out {out}"),
     Stage("-m bench.metric_inputs --out {out}"),
-    Stage("-m bench.figures --evidence {out}/evidence"),
+    *(
+        Stage(f"-m bench.figures --evidence {{out}}/{name}")
+        for name in ("evidence_512", "evidence_tridiagonal", "evidence")
+    ),
 )
 
 
@@ -111,17 +119,26 @@ def command_of(stage: Stage, out: Path) -> list[str]:
     return [part.format(out=out) for part in shlex.split(stage.arguments)]
 
 
+def variables_of(stage: Stage, out: Path) -> dict[str, str]:
+    return {name: value.format(out=out) for name, value in stage.environment.items()}
+
+
 def run(stage: Stage, out: Path) -> int:
     """The exit status; what a stage leaves takes its place only if it is 0."""
-    environment = {**os.environ, **stage.environment}
-    if stage.environment:
-        environment["TORCHINDUCTOR_CACHE_DIR"] = str(out / "unfinished" / "inductor")
-    status = subprocess.call([sys.executable, *command_of(stage, out)], env=environment)
+    process = subprocess.Popen(
+        [sys.executable, *command_of(stage, out)], env={**os.environ, **variables_of(stage, out)}
+    )
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:  # which the command has been told of as well
+        process.wait()
+        return 130
     if not status and stage.made:
         made = out / stage.made
         for one in (made, made.with_suffix(".png")):
             if one.exists():
                 one.replace((out / stage.leaves).with_suffix(one.suffix))
+    shutil.rmtree(out / "unfinished", ignore_errors=True)
     return status
 
 
@@ -135,6 +152,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--readme", type=Path, help="write its tables from the new evidence")
     parser.add_argument("--dry-run", action="store_true", help="print the commands that are left")
     options = parser.parse_args(argv)
+    missing = [name for name in COMPARED if importlib.util.find_spec(name) is None]
+    if missing and not options.dry_run:
+        parser.error(f"not installed: {', '.join(missing)}; pip install -e '.[bench,test,compare]'")
     out = options.out.absolute()
     stages = list(STAGES)
     if options.readme:
@@ -143,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stage in stages:
         if stage.leaves and (out / stage.leaves).exists():
             continue
-        variables = "".join(f"{name}={value} " for name, value in stage.environment.items())
+        variables = "".join(f"{key}={value} " for key, value in variables_of(stage, out).items())
         print(f"{variables}python {shlex.join(command_of(stage, out))}", flush=True)
         if options.dry_run:
             continue

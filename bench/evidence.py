@@ -6,9 +6,10 @@ For each problem, every method has the same number of trials, its own defaults a
 biased random search, each of the same budget; then come the runs with the setting found and, for
 our own methods, with the defaults. Work goes breadth first (trial by trial, seed by seed, all
 methods each time), so that wherever it stops all methods are compared alike. A finished trial or
-run is one JSON file under --out, named by everything that changes its result; the same command goes
-on from there, and does nothing twice. `<problem>/index.json` says which files belong together. Exit
-status 1: some pieces are left.
+run is one JSON file under --out, named by all that the command says of it; the same command goes on
+from there, and does nothing twice. One whose optimizer would have other options today is made anew;
+other changes of the code are not noticed. `<problem>/index.json` says which files belong together.
+Exit status 1: some pieces are left.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any
 
 import optuna
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from bench.arguments import positive
@@ -72,7 +74,7 @@ OURS = ("cgd", "acp", "nnn", "kfac", "ekfac", "ubp", "natural_gradient", "tonga"
 
 @dataclass(frozen=True)
 class Piece:
-    """One trial or run: everything that changes its result."""
+    """One trial or run: what the command says of it."""
 
     problem: str
     method: str
@@ -103,20 +105,22 @@ class Evidence:
         self.missing: dict[str, list[Budget]] = {}
         """The budgets of what is missing, by problem: counted by a dry run."""
 
-    def load(self, piece: Piece) -> Run | None:
+    def load(self, piece: Piece, problem: Problem) -> Run | None:
         try:
             document = json.loads((self.out / piece.file()).read_text())
         except FileNotFoundError:
             return None
-        return Run(**document["run"])
+        run = Run(**document["run"])
+        # An optimizer that could not be built has no options.
+        return run if run.settings in ({}, options_of(piece, problem)) else None
 
-    def finish(self, piece: Piece, problem: Problem | None, bar: tqdm | None) -> Run:
+    def finish(self, piece: Piece, problem: Problem, bar: tqdm | None) -> Run:
         """The piece's run, from its file or from training; in a dry run an empty one if missing.
 
         An error that the optimizer raises on its way (a factor that cannot be inverted) ends the
         run as divergence does.
         """
-        run = self.load(piece)
+        run = self.load(piece, problem)
         if run is not None:
             return run
         run = Run(piece.method, piece.seed, piece.hyperparameters)
@@ -143,6 +147,13 @@ class Evidence:
         _write(self.out / piece.file(), document)
         bar.update()
         return run
+
+
+def options_of(piece: Piece, problem: Problem) -> dict[str, Any]:
+    """What the piece's optimizer would have as its options now, as its file has them."""
+    build = METHODS[piece.method].build
+    optimizer = build(nn.Linear(1, 1), problem.likelihood, **piece.hyperparameters)
+    return json.loads(json.dumps(optimizer.defaults, default=str))
 
 
 def _write(file: Path, document: Mapping[str, Any]) -> None:

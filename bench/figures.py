@@ -148,7 +148,10 @@ def targets(results: Results) -> list[tuple[float, str]]:
         for method, roles in results.runs.items()
         if roles["tuned"]
     }
-    worst = max((m for m in finals if math.isfinite(finals[m])), key=finals.get)
+    finite = [method for method in finals if math.isfinite(finals[method])]
+    if not finite:
+        return []
+    worst = max(finite, key=finals.get)
     return [(finals[worst], f"tuned {worst}'s after {Budget(**results.plan['run'])}")]
 
 
@@ -163,7 +166,7 @@ def _final(run: Run) -> float:
 def table(results: Results) -> str:
     """Markdown: what every method reached, and how soon it was at the targets."""
     errors = targets(results)
-    aims = " and ".join(f"{whose}, {error:.3g}" for error, whose in errors)
+    aims = " and ".join(f"{whose}, {error:.3g}" for error, whose in errors) or "nothing"
     budget = Budget(**results.plan["run"])
     machines = sorted(
         {
@@ -211,15 +214,20 @@ def _untuned(results: Results) -> list[str]:
     for method, roles in results.runs.items():
         if not roles["default"] or not roles["tuned"]:
             continue
+        if roles["default"][0].settings == roles["tuned"][0].settings:
+            ratios.append((1.0, f"`{method}` the same setting"))
+            continue
         common = max(_median_final(roles[role]) for role in ("default", "tuned"))
+        if not math.isfinite(common):
+            continue
         untuned, tuned = (
             statistics.median(run.first_below(common)[0] for run in roles[role])
             for role in ("default", "tuned")
         )
-        ratios.append((untuned / tuned, method))
+        ratios.append((untuned / tuned, f"`{method}` {untuned / tuned:.2g}"))
     if not ratios:
         return []
-    listed = ", ".join(f"`{method}` {ratio:.2g}" for ratio, method in sorted(ratios))
+    listed = ", ".join(text for _, text in sorted(ratios))
     return [
         "",
         f"Seconds of the defaults over those of the tuned setting, to the larger of their two "

@@ -70,7 +70,8 @@ class KFAC(FisherOptimizer):
         structure: "block_diagonal", or "block_tridiagonal", which also models the interaction of
             each layer with the next (section 3.3; the layers in the order of `model.modules()`,
             each called once in a forward pass) for eigendecompositions at each refresh and about
-            three times the products a step.
+            three times the products a step. Unlike the other inputs' the variance of the constant
+            one is not damped, but its correlation with that of the next layer is.
         damping: lambda >= 0, in units of the loss's curvature.
         relative_damping: delta >= 0, relative to the mean curvature of the layer.
         momentum: of the preconditioned updates, in [0, 1]; early steps overshoot with it.
@@ -81,7 +82,8 @@ class KFAC(FisherOptimizer):
         inverse_every, drift_tolerance, decay: as for `ACP`.
         max_norm: an upper bound for the norm of a param group's update in its metric, before lr
             (a "KL clip"): its square is twice the divergence, in nats an example, by which the
-            update changes the model's distribution, to second order. None for no bound.
+            update changes the model's distribution, to second order and as the factors have it;
+            in a deep network it may really change it by much more. None for no bound.
         warmup: the number of first steps over which updates grow from a fifth to their full
             length; 0 for none.
         recipe: None, or "paper" for the whole of Martens and Grosse 2015 (sections 6 and 7 of the

@@ -7,8 +7,10 @@ the output gradients, the inverse is Xi^T diag(Sigma_i^-1) Xi, where Xi = I - Ps
     Psi_i   = (A_ij A_jj^-1) (x) (G_ij G_jj^-1) = P (x) Q
     Sigma_i = A_ii (x) G_ii - (P A_jj P^T) (x) (Q G_jj Q^T)
 
-The inputs are x = (h - m, 1), so that A_ii = diag(C_i, 1), or h for a layer without bias; the
-diagonal blocks are damped and the others are not, but for the ones of A_ij.
+The inputs are x = (h - m, 1), so that A_ii = diag(C_i, 1), or h for a layer without bias. C_i and
+G_ii are damped, A_ij and G_ij are not. The paper damps the constant input's variance as well, which
+makes it less correlated with the others; here that variance stays 1, and its entries of A_ij are
+made smaller instead.
 """
 
 from __future__ import annotations

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
 from bench import everything as program
+from bench import train
 
 ROOT = Path(__file__).parents[2]
 WRITE = "import pathlib; [pathlib.Path(r'{{out}}', n).write_text('x') for n in {names!r}]"
@@ -53,10 +55,32 @@ def test_a_dry_run_prints_what_is_left(tmp_path, capsys):
 
 def test_variables_of_a_stage_are_set(tmp_path, monkeypatch):
     write = "import os, pathlib; pathlib.Path(r'{out}', 'seen').write_text(os.environ['ONLY_HERE'])"
-    one = program.Stage(f'-c "{write}"', environment={"ONLY_HERE": "yes"})
+    one = program.Stage(f'-c "{write}"', environment={"ONLY_HERE": "in {out}"})
     monkeypatch.setattr(program, "STAGES", (one,))
     assert program.main(["--out", str(tmp_path)]) == 0
-    assert (tmp_path / "seen").read_text() == "yes"
+    assert (tmp_path / "seen").read_text() == f"in {tmp_path}"
+
+
+def test_ctrl_c_waits_for_the_command_and_says_how_to_go_on(tmp_path, monkeypatch, capfd):
+    class Interrupted(program.subprocess.Popen):
+        def wait(self, *arguments):
+            if not self.__dict__.setdefault("told", False):
+                self.told = True
+                raise KeyboardInterrupt
+            return super().wait(*arguments)
+
+    monkeypatch.setattr(program.subprocess, "Popen", Interrupted)
+    monkeypatch.setattr(program, "STAGES", (stage("one"), stage("two")))
+    assert program.main(["--out", str(tmp_path)]) == 130
+    assert {file.name for file in tmp_path.iterdir()} == {"one"}
+    assert "the same command goes on from here" in capfd.readouterr().err
+
+
+def test_libraries_to_compare_with_must_be_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(program, "COMPARED", ("torch", "not_installed_anywhere"))
+    with pytest.raises(SystemExit):
+        program.main(["--out", str(tmp_path)])
+    assert "not installed: not_installed_anywhere; pip install" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("readme", ["README.md", "bench/results/README.md"])
@@ -68,6 +92,19 @@ def test_every_file_that_readme_cites_is_made(readme):
     assert cited <= named | resumable | elsewhere
     for name in named | resumable:
         assert (ROOT / "bench/results" / f"{name}.json").exists()
+
+
+def test_trainings_are_those_of_the_committed_files():
+    compared = ("problem", "optimizers", "updates", "seeds", "batch_size")
+    trainings = [one for one in program.STAGES if "bench.train" in one.arguments]
+    assert len(trainings) == 5
+    for one in trainings:
+        command = program.command_of(one, Path("results"))[2:]
+        now = vars(train._parser().parse_args(command))
+        then = json.loads((ROOT / "bench/results" / one.leaves).read_text())
+        assert {key: now[key] for key in compared} == {
+            key: then["arguments"][key] for key in compared
+        }, one.leaves
 
 
 def test_every_bench_of_an_op_is_run():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -134,6 +136,20 @@ def test_what_changes_a_result_is_in_its_name(tmp_path, trained, changes, new):
     trained.clear()
     program.main([*SMALL, *changes, "--out", str(tmp_path)])
     assert len(trained) == new
+
+
+def test_runs_of_other_defaults_are_made_anew(tmp_path, monkeypatch, trained):
+    program.main([*SMALL, "--out", str(tmp_path)])
+    trained.clear()
+    build = METHODS["acp"].build
+    changed = replace(METHODS["acp"], build=partial(build, momentum=0.5))
+    monkeypatch.setitem(METHODS, "acp", changed)
+    program.main([*SMALL, "--out", str(tmp_path)])
+    assert {run.optimizer for run in trained} == {"acp"}
+    assert all(run.settings["momentum"] == 0.5 for run in trained)
+    trained.clear()
+    program.main([*SMALL, "--out", str(tmp_path)])
+    assert trained == []
 
 
 def test_fewer_methods_later_leave_the_index_whole(tmp_path, trained):

@@ -33,7 +33,8 @@ def evidence(tmp_path):
     index = {method: {"hyperparameters": setting} for method, setting in SETTINGS.items()}
     for (method, role), seeds in errors.items():
         for seed, values in enumerate(seeds):
-            run = Run(method, seed, SETTINGS[method] if role != "default" else {})
+            setting = SETTINGS[method] if role != "default" else {}
+            run = Run(method, seed, setting, {"lr": 1.0, **setting})
             for step, error in enumerate([20, *values]):
                 run.record(
                     seconds=float(step), updates=10 * step, train_error=error, test_error=error
@@ -83,6 +84,37 @@ def test_the_table_says_what_the_files_say(evidence):
         "Seconds of the defaults over those of the tuned setting, to the larger of their two "
         "final errors: `acp` 1.5."
     )
+
+
+def changed(evidence, method, role, **changes):
+    """What `_untuned` says if the files of these runs hold something else."""
+    for file in (evidence / "digits" / method).glob(f"{role}-*.json"):
+        document = json.loads(file.read_text())
+        document["run"] |= changes
+        file.write_text(json.dumps(document))
+    return program._untuned(program.read(evidence)[0])
+
+
+def test_a_setting_is_not_compared_with_itself_or_with_a_diverged_one(evidence):
+    assert changed(evidence, "acp", "default", settings={"lr": 0.5})[-1].endswith(
+        "final errors: `acp` the same setting."
+    )
+    settings = {"lr": 1.0}
+    assert changed(evidence, "acp", "default", settings=settings, diverged=True) == []
+
+
+def test_where_all_diverged_there_is_nothing_to_reach(evidence):
+    for method, role in (("adam", "*"), ("acp", "*"), ("cgd", "*"), ("sgd", "*")):
+        changed(evidence, method, role, diverged=True)
+    file = evidence / "digits" / "index.json"
+    index = json.loads(file.read_text())
+    del index["methods"]["adam"]
+    file.write_text(json.dumps(index))
+    (results,) = program.read(evidence)
+    assert program.targets(results) == []
+    text, _, header, *_ = program.table(results).splitlines()
+    assert "to reach: nothing (6 trials" in text
+    assert header == "| method | setting | trained for | training error |"
 
 
 def test_without_adam_the_slowest_method_sets_the_target(evidence):
