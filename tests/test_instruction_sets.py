@@ -6,8 +6,8 @@ import pytest
 
 from tests.ops import budget
 
-# apply_update_ is compiled once, for any processor.
 OPS = (
+    "apply_update",
     "centered_grad",
     "covariance",
     "damped_inverse",

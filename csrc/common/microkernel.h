@@ -38,6 +38,9 @@ template <class T, class S>
 using MultiplyRow = T (*)(const S* source, int64_t col_stride, int64_t count, const T* factor,
                           const T* other, T* to);
 
+template <class T>
+struct UpdateRule;
+
 // What reads an input of dtype S.
 template <class T, class S>
 struct Readers {
@@ -73,6 +76,9 @@ struct Microkernel {
   // to[j] = sum_i weights[i] x[i row_stride + j].
   void (*combine_rows)(int64_t rows, int64_t cols, const T* weights, const T* x, int64_t row_stride,
                        T* to);
+  // A parameter update of `count` entries; buffer may be null, meaning no momentum.
+  void (*update)(int64_t count, const UpdateRule<T>& rule, T scale, T* param, const T* update,
+                 T* buffer);
   AllReaders<T> readers;
 };
 

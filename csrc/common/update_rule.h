@@ -1,10 +1,11 @@
-// One element of a parameter update, the same on every device.
+// One element of a parameter update, or a vector of them, the same on every device.
 #pragma once
 
 #ifdef __CUDACC__
 #define FUSED_SO_HOST_DEVICE __host__ __device__
 #else
-#define FUSED_SO_HOST_DEVICE
+// No copy of it outside its callers, which are compiled for different processors.
+#define FUSED_SO_HOST_DEVICE __attribute__((always_inline))
 #endif
 
 namespace fused_so {
@@ -17,11 +18,12 @@ struct UpdateRule {
   bool nesterov;
 
   // u = s Delta + lambda p;  v <- mu v + u;  returns p - eta (u + mu v if nesterov, else v).
-  // Without momentum there is no v, and buffer may be null.
-  FUSED_SO_HOST_DEVICE A operator()(A param, A update, A scale, A* buffer) const {
-    A step = scale * update + weight_decay * param;
+  // Without momentum there is no v. X is A or a vector of A.
+  template <class X>
+  FUSED_SO_HOST_DEVICE X operator()(X param, X update, A scale, X* buffer = nullptr) const {
+    X step = scale * update + weight_decay * param;
     if (buffer != nullptr) {
-      const A velocity = momentum * *buffer + step;
+      const X velocity = momentum * *buffer + step;
       *buffer = velocity;
       step = nesterov ? step + momentum * velocity : velocity;
     }

@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kUpdateThreads)
     if (i < tensor.size) {
       // Two calls, not a pointer that may be null: that would put the velocities on the stack.
       if (tensor.buffer == nullptr) {
-        tensor.param[i] = static_cast<P>(rule(param[u], update[u], factor, nullptr));
+        tensor.param[i] = static_cast<P>(rule(param[u], update[u], factor));
       } else {
         tensor.param[i] = static_cast<P>(rule(param[u], update[u], factor, &velocity[u]));
         tensor.buffer[i] = velocity[u];

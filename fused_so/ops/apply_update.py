@@ -95,19 +95,22 @@ def apply_update_(
 
 def _match(params: list, updates: list, buffers: list) -> bool:
     """Whether the lists are what `_raise_unless_matching` asks for, without naming the culprit."""
-    if not all(isinstance(t, Tensor) for t in (*params, *updates, *buffers)) or not params:
+    tensors = [*params, *updates, *buffers]
+    if not params or not all([isinstance(t, Tensor) for t in tensors]):
         return False
-    param, update = params[0], updates[0]
-    dtype, device, wide = param.dtype, param.device, accumulate_dtype(param.dtype)
+    # Lists and sets, not generators: of many small tensors the checks take most of the time.
+    dtype, shapes = params[0].dtype, [p.shape for p in params]
+    wide = accumulate_dtype(dtype) if dtype in _check.FLOATING else None
     return (
-        all(t.layout == torch.strided for t in (*params, *updates, *buffers))
-        and dtype in _check.FLOATING
-        and update.dtype in (dtype, wide)
-        and all(p.dtype == dtype and p.device == device and p.is_contiguous() for p in params)
-        and all(u.dtype == update.dtype and u.device == device for u in updates)
-        and all(b.dtype == wide and b.device == device and b.is_contiguous() for b in buffers)
-        and all(p.shape == t.shape for p, t in zip(params, updates, strict=True))
-        and (not buffers or all(p.shape == b.shape for p, b in zip(params, buffers, strict=True)))
+        {t.layout for t in tensors} == {torch.strided}
+        and {t.device for t in tensors} == {params[0].device}
+        and wide is not None
+        and {p.dtype for p in params} == {dtype}
+        and {u.dtype for u in updates} in ({dtype}, {wide})
+        and {b.dtype for b in buffers} <= {wide}
+        and all([t.is_contiguous() for t in (*params, *buffers)])
+        and [u.shape for u in updates] == shapes
+        and (not buffers or [b.shape for b in buffers] == shapes)
     )
 
 
