@@ -200,13 +200,13 @@ class KFAC(FisherOptimizer):
         if self._tridiagonal is not None:
             self._tridiagonal.refresh(layers)
 
-    def precondition(self, layer: Layer) -> tuple[Tensor, Tensor] | None:
+    def precondition(self, layers: list[Layer]) -> dict[Layer, tuple[Tensor, Tensor]]:
         if self._tridiagonal is None:
-            return super().precondition(layer)
+            return super().precondition(layers)
         if self._joint is None:
             moved = [layer for layer in self._layers if layer.module.weight.grad is not None]
             self._joint = self._tridiagonal.precondition(moved)
-        return self._joint.get(layer)
+        return self._joint
 
     # The paper's recipe.
 
