@@ -42,3 +42,31 @@ def test_precondition(benchmark, size, sides):
         flops=2 * out * width * (width + out * both),
         bytes=4 * (2 * out * width + width * width + out * out * both),
     )
+
+
+LAYERS = 8
+
+
+def test_precondition_of_layers(benchmark, size):
+    out, width = size
+    shapes = (out, width), (out,), (width,), (width, width)
+    lists = [[torch.randn(shape) for _ in range(LAYERS)] for shape in shapes]
+
+    def plain():
+        steps = []
+        for grad_weight, grad_bias, mean, a in zip(*lists, strict=True):
+            dw = torch.addr(grad_weight, grad_bias, mean, alpha=-1) @ a
+            steps.append((dw, grad_bias - dw @ mean))
+        return steps
+
+    def one_by_one():
+        return [ops.precondition(*layer) for layer in zip(*lists, strict=True)]
+
+    compare(
+        benchmark,
+        f"precondition {LAYERS} of {out} x {width}, input",
+        lambda: ops.precondition(*lists),
+        {"addr, mm": plain, "one by one": one_by_one},
+        flops=LAYERS * 2 * out * width * width,
+        bytes=LAYERS * 4 * (2 * out * width + width * width),
+    )

@@ -189,6 +189,19 @@ def precondition_plain(grad_weight, grad_bias, mean, a):
     return dw, grad_bias - dw @ mean
 
 
+def precondition_each(*lists):
+    return [ops.precondition(*layer) for layer in zip(*lists, strict=True)]
+
+
+def precondition_plain_each(*lists):
+    return [precondition_plain(*layer) for layer in zip(*lists, strict=True)]
+
+
+def precondition_joined(*lists):
+    # In the order of the others.
+    return list(zip(*ops.precondition(*lists), strict=True))
+
+
 def precondition_cases():
     for out, width in ((32, 32), (256, 256), (1000, 784), (2048, 2048), (4096, 4096), (8192, 8192)):
 
@@ -204,6 +217,20 @@ def precondition_cases():
             (precondition_plain,),
             flops=2 * out * width * width,
             bytes=4 * (2 * out * width + width * width),
+        )
+    for count, out, width in ((16, 32, 32), (16, 256, 256), (8, 500, 1000)):
+
+        def layers(device, count=count, out=out, width=width):
+            shapes = (out, width), (out,), (width,), (width, width)
+            return tuple([torch.randn(s, device=device) for _ in range(count)] for s in shapes)
+
+        yield Case(
+            f"precondition {count} of {out} x {width}",
+            layers,
+            precondition_joined,
+            (precondition_plain_each, precondition_each),
+            flops=count * 2 * out * width * width,
+            bytes=count * 4 * (2 * out * width + width * width),
         )
 
 

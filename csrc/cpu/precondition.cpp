@@ -102,8 +102,29 @@ std::tuple<Tensor, Tensor> precondition(Tensor grad_weight, Tensor grad_bias, Te
   return {dw, db};
 }
 
+// One layer after the other: a call costs the same for each, and large products use all threads.
+std::tuple<std::vector<Tensor>, std::vector<Tensor>> precondition_list(
+    std::vector<Tensor> grad_weight, std::vector<Tensor> grad_bias, std::vector<Tensor> mean,
+    std::optional<std::vector<Tensor>> input_inverse,
+    std::optional<std::vector<Tensor>> output_inverse, std::optional<std::vector<Tensor>> alpha) {
+  const auto entry = [](const std::optional<std::vector<Tensor>>& list, size_t i) {
+    return list ? std::optional<Tensor>((*list)[i]) : std::nullopt;
+  };
+  std::vector<Tensor> dws, dbs;
+  for (size_t i = 0; i < grad_weight.size(); ++i) {
+    auto [dw, db] = precondition(grad_weight[i], grad_bias[i], mean[i], entry(input_inverse, i),
+                                 entry(output_inverse, i), entry(alpha, i));
+    dws.push_back(dw);
+    dbs.push_back(db);
+  }
+  return {dws, dbs};
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fused_so, CPU, m) { m.impl("precondition", TORCH_BOX(&precondition)); }
+STABLE_TORCH_LIBRARY_IMPL(fused_so, CPU, m) {
+  m.impl("precondition", TORCH_BOX(&precondition));
+  m.impl("precondition_list", TORCH_BOX(&precondition_list));
+}
 
 }  // namespace fused_so

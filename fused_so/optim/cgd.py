@@ -65,11 +65,15 @@ class CGD(KroneckerOptimizer):
         batch["sum"] = batch["sum"] + total if "sum" in batch else total
         batch["rows"] = batch.get("rows", 0) + h.shape[0]
 
-    def precondition(self, layer: Layer) -> tuple[Tensor, Tensor] | None:
-        if not layer.centered:
-            return layer.gradients()
-        if not layer.batch.get("rows"):
-            return None
-        mean = layer.batch["sum"] / layer.batch["rows"]
+    def precondition(self, layers: list[Layer]) -> dict[Layer, tuple[Tensor, Tensor]]:
+        plain = {layer: layer.gradients() for layer in layers if not layer.centered}
+        seen = [layer for layer in layers if layer.centered and layer.batch.get("rows")]
+        gradients = [layer.gradients() for layer in seen]
         # Algorithm 3, lines 5 and 6, with the bias as in eq. 6.2.5.
-        return ops.precondition(*layer.gradients(), mean, None)
+        steps = ops.precondition(
+            [grad_weight for grad_weight, _ in gradients],
+            [grad_bias for _, grad_bias in gradients],
+            [layer.batch["sum"] / layer.batch["rows"] for layer in seen],
+            None,
+        )
+        return plain | dict(zip(seen, zip(*steps, strict=True), strict=True))

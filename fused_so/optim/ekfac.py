@@ -172,9 +172,10 @@ class EKFAC(FisherOptimizer):
         values, basis = factor.get("values"), factor.get("basis")
         return basis @ ((basis.mT @ v) / (values + factor.get("basis_damping")))
 
-    def precondition(self, layer: Layer) -> tuple[Tensor, Tensor] | None:
-        if not layer.inverted:
-            return None
+    def precondition(self, layers: list[Layer]) -> dict[Layer, tuple[Tensor, Tensor]]:
+        return {layer: self._precondition(layer) for layer in layers if layer.inverted}
+
+    def _precondition(self, layer: Layer) -> tuple[Tensor, Tensor]:
         state, group = layer.state, layer.group
         m, e_in, e_out = self._center(layer), state["basis"], state["output_basis"]
         grad_weight, grad_bias = (grad.to(m) for grad in self.gradients(layer))

@@ -188,10 +188,10 @@ class KFAC(FisherOptimizer):
         if self._tridiagonal is not None:
             self._tridiagonal.refresh(layers)
 
-    def precondition(self, layer: Layer) -> tuple[Tensor, Tensor] | None:
+    def precondition(self, layers: list[Layer]) -> dict[Layer, tuple[Tensor, Tensor]]:
         if self._tridiagonal is None:
-            return super().precondition(layer)
-        return self._tridiagonal.precondition(layer)
+            return super().precondition(layers)
+        return self._tridiagonal.precondition(layers)
 
     # The paper's recipe.
 

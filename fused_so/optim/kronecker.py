@@ -74,23 +74,35 @@ class KroneckerOptimizer(FactorOptimizer):
             )
         return layer.batch["decayed"]
 
-    def precondition(self, layer: Layer) -> tuple[Tensor, Tensor] | None:
-        """The update of weight and bias, or None while the layer has no inverse."""
+    def precondition(self, layers: list[Layer]) -> dict[Layer, tuple[Tensor, Tensor]]:
+        """The updates of weight and bias of those layers that have an inverse."""
+        rows = {layer: self.gradient_rows(layer) for layer in layers if layer.inverted}
+        updates = {layer: self._from_rows(layer, *of) for layer, of in rows.items() if of}
+        others = [layer for layer in rows if layer not in updates]
+        states = [layer.state for layer in others]
+        gradients = [self.gradients(layer) for layer in others]
+        # The inverse of the homogeneous factor, as in George 2017, eq. 6.2.4 and 6.2.5.
+        steps = ops.precondition(
+            [grad_weight for grad_weight, _ in gradients],
+            [grad_bias for _, grad_bias in gradients],
+            [self.mean(layer) for layer in others],
+            [state["inverse"] for state in states],
+            output_inverse=(
+                [state["output_inverse"] for state in states] if "output" in self.sides else None
+            ),
+            alpha=[self.gradient_scale(layer) for layer in others],
+        )
+        return updates | dict(zip(others, zip(*steps, strict=True), strict=True))
+
+    def _from_rows(
+        self, layer: Layer, h: Tensor, g: Tensor, scale: Tensor
+    ) -> tuple[Tensor, Tensor]:
         state = layer.state
-        if not layer.inverted:
-            return None
         mean, inverse, alpha = self.mean(layer), state["inverse"], self.gradient_scale(layer)
         output_inverse = state.get("output_inverse")
-        grad_weight, grad_bias = self.gradients(layer)
-        rows = self.gradient_rows(layer)
-        if rows is None:
-            # The inverse of the homogeneous factor, as in George 2017, eq. 6.2.4 and 6.2.5.
-            return ops.precondition(
-                grad_weight, grad_bias, mean, inverse, output_inverse=output_inverse, alpha=alpha
-            )
+        _, grad_bias = self.gradients(layer)
         # The same in fewer operations: dW = Go (g^T Z) and dW m = Go g^T (Z m), with
         # Z = c/alpha (h - 1 m^T) A.
-        h, g, scale = rows
         moves_bias = layer.bias is not None and layer.bias.grad is not None
         ones = torch.full_like(h[:, 0], float(moves_bias))
         z = ops.precondition(h, ones, mean, inverse, alpha=alpha / scale)[0]
@@ -143,10 +155,14 @@ class KroneckerOptimizer(FactorOptimizer):
         in the identity.
         """
         layered = []
-        for layer in self._layers:
-            if layer.group is not group or layer.module.weight.grad is None:
-                continue
-            update = self.precondition(layer)
+        layers = [
+            layer
+            for layer in self._layers
+            if layer.group is group and layer.module.weight.grad is not None
+        ]
+        found = self.precondition(layers)
+        for layer in layers:
+            update = found.get(layer)
             if update is None:
                 self._warn_once(
                     ("unseen", layer.name),

@@ -142,15 +142,16 @@ class TridiagonalInverse:
                 constants.mul_((1 + self._optimizer.dampings(side.layer)["input"] / c).rsqrt())
         return cross
 
-    def precondition(self, layer: Layer) -> tuple[Tensor, Tensor] | None:
-        """The update of weight and bias, or None while the layer has no inverse.
+    def precondition(self, layers: list[Layer]) -> dict[Layer, tuple[Tensor, Tensor]]:
+        """The updates of weight and bias of those layers that have an inverse.
 
         Those of all layers come at once: the rest are kept until the next step or refresh.
         """
-        if "update" not in layer.batch:
-            for other, update in self._updates().items():
-                other.batch["update"] = update
-        return layer.batch.get("update")
+        if any("update" not in layer.batch for layer in layers):
+            found = self._updates()
+            for layer in self._optimizer._layers:
+                layer.batch["update"] = found.get(layer)
+        return {layer: layer.batch["update"] for layer in layers if layer.batch["update"]}
 
     def _updates(self) -> dict[Layer, tuple[Tensor, Tensor]]:
         """Of the layers that have a gradient and an inverse, each (out, in) and (out,)."""

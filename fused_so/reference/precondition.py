@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,14 +11,24 @@ from fused_so._dtypes import accumulate
 
 
 def precondition(
-    grad_weight: Tensor,
-    grad_bias: Tensor,
-    mean: Tensor,
-    input_inverse: Tensor | None,
+    grad_weight: Tensor | Sequence[Tensor],
+    grad_bias: Tensor | Sequence[Tensor],
+    mean: Tensor | Sequence[Tensor],
+    input_inverse: Tensor | Sequence[Tensor] | None,
     *,
-    output_inverse: Tensor | None = None,
-    alpha: float | Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    output_inverse: Tensor | Sequence[Tensor] | None = None,
+    alpha: float | Tensor | Sequence[float | Tensor] | None = None,
+) -> tuple[Tensor, Tensor] | tuple[list[Tensor], list[Tensor]]:
+    if isinstance(grad_weight, Sequence):
+        options = (input_inverse, output_inverse, alpha)
+        options = (x if isinstance(x, Sequence) else [x] * len(grad_weight) for x in options)
+        layers = zip(grad_weight, grad_bias, mean, *options, strict=True)
+        steps = [
+            precondition(gw, gb, m, a, output_inverse=go, alpha=scale)
+            for gw, gb, m, a, go, scale in layers
+        ]
+        return [dw for dw, _ in steps], [db for _, db in steps]
+
     gw, gb = accumulate(grad_weight), accumulate(grad_bias)
     # dW = 1/alpha G^-1 (gw - gb m^T) A;  db = 1/alpha G^-1 gb - dW m
     dw = gw - torch.outer(gb, mean)

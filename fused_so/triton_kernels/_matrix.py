@@ -1,6 +1,7 @@
 """What the kernels share: launch settings for matrices of any strides, sums over columns."""
 
 import math
+from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -14,6 +15,13 @@ SUM_ROWS = 32
 SUM_COLUMNS = 64
 MIN_ROWS_PER_SPLIT = 256
 MAX_SPLITS = 64
+# Layers that one launch takes: their addresses are arguments. Fewer leave the rest unused.
+LAYERS = 8
+# A launch takes the host about 5 us, in which an H200 moves 20 MB (4.3 TB/s, copied). A layer of
+# more is longer at work than its launches take, which hide behind that work: joining them gains
+# nothing, and one by one their partial products are not all in memory at once. Counted, not
+# measured.
+JOINED_BYTES = 20 << 20
 
 
 def row_splits(n: int) -> tuple[int, int]:
@@ -58,6 +66,48 @@ def load_widths(x: torch.Tensor) -> tuple[int, int]:
         math.gcd(widest, rows, col_stride) if row_stride == 1 else 1,
         math.gcd(widest, cols, row_stride) if col_stride == 1 else 1,
     )
+
+
+def joined(layers: Sequence[Sequence[torch.Tensor | Hashable]]) -> list[list[int]]:
+    """The numbers of the layers that one launch takes together: alike in all but their addresses.
+
+    Each layer is its tensors, and what else they must have in common. Layers are apart in memory:
+    their addresses are arguments of the kernel, in tuples of LAYERS, where a stack would be a copy
+    for each argument and a table in device memory one from the host. All of a tuple are multiples
+    of 16 or none is: Triton compiles a kernel for every pattern of those that are."""
+    groups: list[list[int]] = []
+    last: dict[tuple, list[int]] = {}
+    for i, layer in enumerate(layers):
+        kind = tuple(
+            (x.dtype, x.shape, x.stride(), x.data_ptr() % 16 == 0)
+            if isinstance(x, torch.Tensor)
+            else x
+            for x in layer
+        )
+        moved = sum(x.nbytes for x in layer if isinstance(x, torch.Tensor))
+        group = last.get(kind)
+        if group is None or len(group) == LAYERS or moved > JOINED_BYTES:
+            group = last[kind] = []
+            groups.append(group)
+        group.append(i)
+    return groups
+
+
+def addresses(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...] | None:
+    """One argument of each layer of a launch: of one layer, or of LAYERS. None for None."""
+    if tensors[0] is None:
+        return None
+    unused = LAYERS - len(tensors) if len(tensors) > 1 else 0
+    return (*tensors, *[tensors[0]] * unused)
+
+
+@triton.jit
+def pick(values, index):
+    """values[index]: a tuple can only be indexed by what the compiler knows."""
+    picked = values[0]
+    for i in tl.static_range(1, len(values)):
+        picked = tl.where(index == i, values[i], picked)
+    return picked
 
 
 @triton.jit

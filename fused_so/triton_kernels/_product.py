@@ -5,6 +5,7 @@ pieces, for more programs than the result has tiles; their partial products are 
 afterwards, so a result is the same in every run.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
@@ -82,20 +83,26 @@ MORE_CONFIGS = {
 MORE_CONFIGS[torch.bfloat16] = MORE_CONFIGS[torch.float16]
 
 
-def plan(m: int, n: int, k: int, dtype: torch.dtype, *, splittable: bool = True) -> Plan:
-    """The largest tile that leaves few processors idle, and the fewest pieces that do the same."""
+def plan(
+    m: int, n: int, k: int, dtype: torch.dtype, *, splittable: bool = True, layers: int = 1
+) -> Plan:
+    """The largest tile that leaves few processors idle, and the fewest pieces that do the same.
+
+    `layers` is how many products of this size one launch makes."""
     most = max(1, k // MIN_DEPTH) if splittable else 1
     for config in CONFIGS[dtype]:
-        if _tiles(config, m, n) * most >= ENOUGH_PROGRAMS:
+        if layers * _tiles(config, m, n) * most >= ENOUGH_PROGRAMS:
             break
-    return plan_with(config, m, n, k, splittable=splittable)
+    return plan_with(config, m, n, k, splittable=splittable, layers=layers)
 
 
-def plan_with(config: Config, m: int, n: int, k: int, *, splittable: bool = True) -> Plan:
+def plan_with(
+    config: Config, m: int, n: int, k: int, *, splittable: bool = True, layers: int = 1
+) -> Plan:
     """The fewest pieces that leave few processors idle with this tile."""
     tiles = _tiles(config, m, n)
     most = max(1, k // MIN_DEPTH) if splittable else 1
-    depth = triton.cdiv(k, min(most, triton.cdiv(ENOUGH_PROGRAMS, tiles)))
+    depth = triton.cdiv(k, min(most, triton.cdiv(ENOUGH_PROGRAMS, layers * tiles)))
     depth = max(1, triton.cdiv(depth, config.block_k)) * config.block_k
     return Plan(config, tiles, max(1, triton.cdiv(k, depth)), depth)
 
@@ -115,21 +122,23 @@ def launch_planned(
     dtype: torch.dtype,
     *variant: bool,
     splittable: bool = True,
+    layers: int = 1,
 ) -> T:
     """launch(plan), which changes nothing but what it returns, with the tile there is to use.
 
     dtype is that of B; `variant` is what else may make another tile the fastest."""
-    planned = plan(m, n, k, dtype, splittable=splittable)
+    planning = functools.partial(plan_with, splittable=splittable, layers=layers)
+    planned = plan(m, n, k, dtype, splittable=splittable, layers=layers)
     config = fastest(
         (kernel, x.dtype, dtype, *variant, splittable),
-        (m, n, k),
+        (m, n, k, layers),
         planned.config,
         (*CONFIGS[dtype], *MORE_CONFIGS[dtype]),
-        lambda config: launch(plan_with(config, m, n, k, splittable=splittable)),
+        lambda config: launch(planning(config, m, n, k)),
         x.device,
     )
     if config != planned.config:
-        planned = plan_with(config, m, n, k, splittable=splittable)
+        planned = planning(config, m, n, k)
     return launch(planned)
 
 
@@ -192,6 +201,9 @@ def corrected_product(
     b_step = tl.cast(stride_bk, tl.int64) * BLOCK_K
     a_mask = (row < size_am)[:, None]
     b_mask = (col < size_bn)[None, :]
+    if v_ptr is not None:
+        v_ptrs = v_ptr + at * stride_v
+        v_step = tl.cast(stride_v, tl.int64) * BLOCK_K
 
     acc = tl.zeros((row.shape[0], col.shape[0]), ACC)
     # Summed over the columns at the end only: a sum across threads waits for all of them.
@@ -206,8 +218,8 @@ def corrected_product(
             if v_ptr is None:
                 a -= u[:, None]
             else:
-                v_ptrs = v_ptr + (at + start) * stride_v
                 v = tl.load(v_ptrs, mask=k < size_k - start, other=0.0).to(ACC)
+                v_ptrs += v_step
                 a -= u[:, None] * v[None, :]
         if scale_ptrs is not None:
             s_ptrs = scale_ptrs[:, None] + (at + start)[None, :] * stride_sk

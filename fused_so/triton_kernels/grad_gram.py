@@ -20,6 +20,7 @@ import triton.language as tl
 
 from ._autotune import fastest
 from ._matrix import (
+    LAYERS,
     SUM_COLUMNS,
     SUM_ROWS,
     column_sums,
@@ -27,6 +28,7 @@ from ._matrix import (
     dot_precision,
     load_widths,
     multiple_of,
+    pick,
 )
 from ._product import ENOUGH_PROGRAMS, MIN_DEPTH
 from ._symmetric import (
@@ -64,8 +66,6 @@ MORE_CONFIGS = {
     torch.float16: (),
 }
 MORE_CONFIGS[torch.bfloat16] = MORE_CONFIGS[torch.float16]
-# Layers that one launch takes: their addresses are arguments. Fewer leave the rest unused.
-LAYERS = 8
 # Rows of the result that its column sums add at a time: twice as many spill a register.
 MEAN_ROWS = 16
 # Rows of a tile that one program of the second launch adds up. Tiles are few there.
@@ -227,19 +227,10 @@ def _center(gram):
 
 
 @triton.jit
-def _pick(values, index):
-    """values[index]: a tuple can only be indexed by what the compiler knows."""
-    picked = values[0]
-    for i in tl.static_range(1, len(values)):
-        picked = tl.where(index == i, values[i], picked)
-    return picked
-
-
-@triton.jit
 def _matrix(table, index, UNIT_STRIDE: tl.constexpr):
     """Pointer, strides of rows and of columns, and number of columns of a matrix."""
-    stride_d = 1 if UNIT_STRIDE else _pick(table[2], index)
-    return _pick(table[0], index), _pick(table[1], index), stride_d, _pick(table[3], index)
+    stride_d = 1 if UNIT_STRIDE else pick(table[2], index)
+    return pick(table[0], index), pick(table[1], index), stride_d, pick(table[3], index)
 
 
 @triton.jit
@@ -453,7 +444,7 @@ def _pieces(
     ACC: tl.constexpr = partials_ptr.dtype.element_ty
     tile, item = tl.program_id(0), tl.program_id(1)
     index, piece = item // pieces, item % pieces
-    if piece * depth >= _pick(table[3], index):
+    if piece * depth >= pick(table[3], index):
         return
     i, j = triangle_tile(tile)
     row = i * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -472,7 +463,7 @@ def _sum_of_pieces(partials_ptr, stride, index, widths, depth, pieces, inside):
     """A strip of a tile of the product of matrix `index`."""
     total = tl.zeros(inside.shape, partials_ptr.dtype.element_ty)
     partials_ptr += tl.cast(index * pieces, tl.int64) * stride
-    for _ in range(0, _pick(widths, index), depth):
+    for _ in range(0, pick(widths, index), depth):
         total += tl.load(partials_ptr + inside)
         partials_ptr += stride
     return total

@@ -7,12 +7,21 @@ of the gradient and the inverse; then two passes over out in entries.
 """
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 
-from ._matrix import device_guard, dot_precision, load_widths, multiple_of
+from ._matrix import (
+    addresses,
+    device_guard,
+    dot_precision,
+    joined,
+    load_widths,
+    multiple_of,
+    pick,
+)
 from ._product import Plan, corrected_product, launch_planned, product_tile, store_tile
 
 # Tile of the pass over the rows: whole rows by one program, so that it can finish the bias. Some
@@ -31,86 +40,125 @@ def precondition(
     alpha: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dw (out, in) and db (out,) of a gradient (out, in), (out,); alpha is a 0-dim tensor."""
-    dw, db = mean.new_empty(grad_weight.shape), mean.new_empty(grad_bias.shape)
-    out, width = dw.shape
-    if out == 0:
-        return dw, db
     with device_guard(mean):
-        source, corrected = grad_weight[None], False
-        if width > 0 and input_inverse is not None:
-            # (gw - gb m^T) A
-            splittable = output_inverse is None
-            source = _multiply(grad_weight, input_inverse, grad_bias, mean, splittable=splittable)
-            corrected = True
-        if width > 0 and output_inverse is not None:
-            if corrected:
-                source = _multiply(output_inverse, source[0])
-            else:
-                # The left factor is the one to be corrected: (gw^T - m gb^T) Go^T.
-                source = _multiply(
-                    grad_weight.T, output_inverse.T, mean, grad_bias, transposed=True
-                )
-            corrected = True
-        _finish_rows[(triton.cdiv(out, FINISH_ROWS),)](
-            source, *source.stride(), len(source), grad_bias, *grad_bias.stride(),
-            mean, *mean.stride(), output_inverse, *_strides(output_inverse), alpha, dw, db,
-            out, width, CORRECTED=corrected, BLOCK_M=FINISH_ROWS, BLOCK_N=FINISH_COLUMNS,
-            WIDTH_N=load_widths(source[0])[1],
-        )  # fmt: skip
+        layer = grad_weight, grad_bias, mean, input_inverse, output_inverse
+        ((dw, db),) = _steps([layer], alpha)
     return dw, db
 
 
-def _strides(matrix: torch.Tensor | None) -> tuple[int, int]:
-    return (0, 0) if matrix is None else matrix.stride()
+def precondition_list(
+    grad_weight: Sequence[torch.Tensor],
+    grad_bias: Sequence[torch.Tensor],
+    mean: Sequence[torch.Tensor],
+    input_inverse: Sequence[torch.Tensor] | None,
+    *,
+    output_inverse: Sequence[torch.Tensor] | None = None,
+    alpha: Sequence[torch.Tensor] | None = None,
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The same of many layers, each in its place, all on one device."""
+    count = len(grad_weight)
+    inverses = (side or [None] * count for side in (input_inverse, output_inverse))
+    layers = list(zip(grad_weight, grad_bias, mean, *inverses, strict=True))
+    dws: list = [None] * count
+    dbs: list = [None] * count
+    with device_guard(mean[0]):
+        for group in joined(layers):
+            alphas = None if alpha is None else [alpha[i] for i in group]
+            if alphas is not None:
+                # Parts of one tensor, as they often are, would differ in alignment.
+                alphas = alphas[0] if len(group) == 1 else torch.stack(alphas)
+            for i, step in zip(group, _steps([layers[i] for i in group], alphas), strict=True):
+                dws[i], dbs[i] = step
+    return dws, dbs
+
+
+def _steps(layers: list[tuple], alphas: torch.Tensor | None) -> list[tuple]:
+    """(dw, db) of layers that one launch can take; alphas, if any, is one number a layer."""
+    gw, gb, mean, a, go = (list(side) for side in zip(*layers, strict=True))
+    dw = [m.new_empty(w.shape) for m, w in zip(mean, gw, strict=True)]
+    db = [m.new_empty(b.shape) for m, b in zip(mean, gb, strict=True)]
+    out, width = dw[0].shape
+    if out == 0:
+        return list(zip(dw, db, strict=True))
+    source, corrected = [w[None] for w in gw], False
+    if width > 0 and a[0] is not None:
+        # (gw - gb m^T) A
+        source = _multiply(gw, a, gb, mean, splittable=go[0] is None)
+        corrected = True
+    if width > 0 and go[0] is not None:
+        if corrected:
+            source = _multiply(go, [step[0] for step in source])
+        else:
+            # The left factor is the one to be corrected: (gw^T - m gb^T) Go^T.
+            flipped = ([x.T for x in side] for side in (gw, go))
+            # With a stride to keep, a register of several layers' product spills (Triton 3.9).
+            bias = [b.contiguous() for b in gb]
+            source = _multiply(*flipped, mean, bias, transposed=True)
+        corrected = True
+    _finish_rows[(triton.cdiv(out, FINISH_ROWS), len(layers))](
+        addresses(source), *source[0].stride(), len(source[0]), addresses(gb), *gb[0].stride(),
+        addresses(mean), *mean[0].stride(), addresses(go), *_strides(go[0], 2), alphas,
+        addresses(dw), addresses(db), out, width,
+        CORRECTED=corrected, BLOCK_M=FINISH_ROWS, BLOCK_N=FINISH_COLUMNS,
+        WIDTH_N=load_widths(source[0][0])[1],
+    )  # fmt: skip
+    return list(zip(dw, db, strict=True))
+
+
+def _strides(x: torch.Tensor | None, axes: int) -> tuple[int, ...]:
+    return (0,) * axes if x is None else x.stride()
 
 
 def _multiply(a, b, u=None, v=None, *, splittable=True, transposed=False):
-    """Partial products (splits, m, n) of (a - u v^T) b, or (splits, n, m) if `transposed`."""
-    (m, k), n = a.shape, b.shape[1]
-    launch = functools.partial(_launch, a, b, u, v, transposed)
+    """Of each layer partial products (splits, m, n) of (a - u v^T) b, or their transposes."""
+    (m, k), n = a[0].shape, b[0].shape[1]
     corrected = u is not None
+    none = [None] * len(a)
+    launch = functools.partial(_launch, a, b, u or none, v or none, transposed)
     return launch_planned(
-        "precondition", launch, a, m, n, k, b.dtype, corrected, transposed, splittable=splittable
-    )
+        "precondition", launch, a[0], m, n, k, b[0].dtype, corrected, transposed,
+        splittable=splittable, layers=len(a),
+    )  # fmt: skip
 
 
-def _launch(a, b, u, v, transposed: bool, plan: Plan) -> torch.Tensor:
-    (m, k), n = a.shape, b.shape[1]
+def _launch(a, b, u, v, transposed: bool, plan: Plan) -> list[torch.Tensor]:
+    (m, k), n = a[0].shape, b[0].shape[1]
     config, tiles, splits, depth = plan
-    partials = b.new_empty((splits, n, m) if transposed else (splits, m, n))
-    result = partials.mT if transposed else partials
-    (width_am, width_ak), (width_bk, width_bn) = load_widths(a), load_widths(b)
-    width_rm, width_rn = load_widths(result[0])
-    _product[(tiles, splits)](
-        a, *a.stride(), b, *b.stride(), m, n, k, depth,
-        u, 0 if u is None else u.stride(0), v, 0 if v is None else v.stride(0),
-        result, *result.stride(),
+    shape = (splits, n, m) if transposed else (splits, m, n)
+    partials = b[0].new_empty((len(a), *shape)).unbind()
+    result = [x.mT if transposed else x for x in partials]
+    (width_am, width_ak), (width_bk, width_bn) = load_widths(a[0]), load_widths(b[0])
+    width_rm, width_rn = load_widths(result[0][0])
+    _product[(tiles, splits, len(a))](
+        addresses(a), *a[0].stride(), addresses(b), *b[0].stride(), m, n, k, depth,
+        addresses(u), *_strides(u[0], 1), addresses(v), *_strides(v[0], 1),
+        addresses(result), *result[0].stride(),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-        PRECISION=dot_precision(b.dtype),
+        PRECISION=dot_precision(b[0].dtype),
         WIDTH_AM=width_am, WIDTH_AK=width_ak, WIDTH_BK=width_bk, WIDTH_BN=width_bn,
         WIDTH_RM=width_rm, WIDTH_RN=width_rn,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    return partials
+    return list(partials)
 
 
 @triton.jit
 def _product(
-    a_ptr,  # (m, k)
+    a_ptrs,  # (m, k), of each layer
     stride_am,
     stride_ak,
-    b_ptr,  # (k, n)
+    b_ptrs,  # (k, n)
     stride_bk,
     stride_bn,
     m,
     n,
     k,
     depth,
-    u_ptr,  # (m,), or None
+    u_ptrs,  # (m,), or None
     stride_u,
-    v_ptr,  # (k,)
+    v_ptrs,  # (k,), or None
     stride_v,
-    result_ptr,  # (splits, m, n)
+    result_ptrs,  # (splits, m, n)
     stride_rs,
     stride_rm,
     stride_rn,
@@ -125,24 +173,26 @@ def _product(
     WIDTH_RM: tl.constexpr,
     WIDTH_RN: tl.constexpr,
 ):
-    ACC: tl.constexpr = result_ptr.dtype.element_ty
     i, j = product_tile(tl.program_id(0), m, n, BLOCK_M, BLOCK_N)
-    split = tl.program_id(1)
+    split, layer = tl.program_id(1), tl.program_id(2)
+    ACC: tl.constexpr = result_ptrs[0].dtype.element_ty
     row = i * BLOCK_M + tl.arange(0, BLOCK_M)
     col = j * BLOCK_N + tl.arange(0, BLOCK_N)
     u = None
-    if u_ptr is not None:
+    v_ptr = None
+    if u_ptrs is not None:
+        u_ptr, v_ptr = pick(u_ptrs, layer), pick(v_ptrs, layer)
         u = tl.load(u_ptr + row.to(tl.int64) * stride_u, mask=row < m, other=0.0).to(ACC)
     row_offset = row.to(tl.int64) * multiple_of(stride_am, WIDTH_AK)
     value, _ = corrected_product(
-        a_ptr, row_offset, stride_ak, b_ptr, stride_bk, stride_bn, m, n, k, split, depth,
-        row, col, u, v_ptr, stride_v, None, 0, None, 0, ACC,
+        pick(a_ptrs, layer), row_offset, stride_ak, pick(b_ptrs, layer), stride_bk, stride_bn,
+        m, n, k, split, depth, row, col, u, v_ptr, stride_v, None, 0, None, 0, ACC,
         BLOCK_K=BLOCK_K, PRECISION=PRECISION, ROUNDED=False,
         WIDTH_AM=WIDTH_AM, WIDTH_AK=WIDTH_AK, WIDTH_BK=WIDTH_BK, WIDTH_BN=WIDTH_BN,
     )  # fmt: skip
     m, stride_rn = multiple_of(m, WIDTH_RM), multiple_of(stride_rn, WIDTH_RM)
     n, stride_rm = multiple_of(n, WIDTH_RN), multiple_of(stride_rm, WIDTH_RN)
-    result_ptr += split.to(tl.int64) * stride_rs
+    result_ptr = pick(result_ptrs, layer) + split.to(tl.int64) * stride_rs
     store_tile(result_ptr, stride_rm, stride_rn, m, n, row, col, value)
 
 
@@ -157,21 +207,21 @@ def _reciprocal(x):
 
 @triton.jit
 def _finish_rows(
-    source_ptr,  # (splits, out, width): the gradient, or partial products of the step
+    source_ptrs,  # (splits, out, width), of each layer: gradient, or partial products of the step
     stride_ss,
     stride_so,
     stride_si,
     splits,
-    bias_ptr,  # (out,)
+    bias_ptrs,  # (out,)
     stride_b,
-    mean_ptr,  # (width,)
+    mean_ptrs,  # (width,)
     stride_m,
-    go_ptr,  # (out, out), or None
+    go_ptrs,  # (out, out), or None
     stride_go,
     stride_gi,
-    alpha_ptr,  # (), or None
-    dw_ptr,  # (out, width)
-    db_ptr,  # (out,)
+    alpha_ptr,  # (layers,), or None
+    dw_ptrs,  # (out, width)
+    db_ptrs,  # (out,)
     out,
     width,
     CORRECTED: tl.constexpr,
@@ -180,10 +230,13 @@ def _finish_rows(
     WIDTH_N: tl.constexpr,
 ):
     """4 out width operations, (splits + 1) out width entries and, for Go gb, out^2."""
+    layer = tl.program_id(1)
+    source_ptr, bias_ptr = pick(source_ptrs, layer), pick(bias_ptrs, layer)
+    mean_ptr, dw_ptr = pick(mean_ptrs, layer), pick(dw_ptrs, layer)
     ACC: tl.constexpr = dw_ptr.dtype.element_ty
     scale = tl.full((), 1.0, ACC)
     if alpha_ptr is not None:
-        scale = _reciprocal(tl.load(alpha_ptr))
+        scale = _reciprocal(tl.load(alpha_ptr + layer))
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = row < out
     at = row.to(tl.int64)
@@ -208,7 +261,8 @@ def _finish_rows(
         tl.store(dw_ptr + at[:, None] * width + col[None, :], step, mask=mask)
         dot_mean += step * mean[None, :]
 
-    if go_ptr is not None:
+    if go_ptrs is not None:
+        go_ptr = pick(go_ptrs, layer)
         dot_bias = tl.zeros((BLOCK_M, BLOCK_N), ACC)
         for start in range(0, out, BLOCK_N):
             k = tl.arange(0, BLOCK_N).to(tl.int64) + start
@@ -219,4 +273,4 @@ def _finish_rows(
             dot_bias += go * other[None, :]
         bias = tl.sum(dot_bias, axis=1)
     # db = 1/alpha Go gb - dW m
-    tl.store(db_ptr + at, scale * bias - tl.sum(dot_mean, axis=1), mask=row_mask)
+    tl.store(pick(db_ptrs, layer) + at, scale * bias - tl.sum(dot_mean, axis=1), mask=row_mask)

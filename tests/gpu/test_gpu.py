@@ -9,7 +9,8 @@ from fused_so import _extension, ops, reference
 from fused_so.triton_kernels import _autotune
 from tests.ops import budget, checks
 
-WIDTHS = (100, 64, 30, 64, 100)
+# Two layers of one shape, which share their launches, twice.
+WIDTHS = (100, 64, 64, 64, 30, 64, 64, 64, 100)
 OPS = (
     "apply_update_",
     "centered_grad",
@@ -19,6 +20,7 @@ OPS = (
     "grad_gram",
     "jacobian_backprop",
     "precondition",
+    "precondition_list",
 )
 
 
@@ -66,6 +68,10 @@ def calls():
             (x, x[:, 0].contiguous(), row, square),
             {"output_inverse": None, "alpha": torch.tensor(2.0, device="cuda")},
         ),
+        "precondition_list": (
+            ([x, x], [x[:, 0].contiguous()] * 2, [row, row], [square, square]),
+            {"output_inverse": None, "alpha": [torch.tensor(2.0, device="cuda")] * 2},
+        ),
     }
 
 
@@ -81,6 +87,10 @@ def oracle_of_inverse(a):
     return (torch.cholesky_inverse(factor),)
 
 
+def flat(lists):
+    return [x for entries in lists for x in entries]
+
+
 # Our call, the plain one, and arguments, of which the plain one is given float64 too.
 def against_cublas(n, width):
     g, h = random(n, width, seed=1), random(n, width, seed=2, offset=1.0)
@@ -93,6 +103,11 @@ def against_cublas(n, width):
         "precondition": (
             ops.precondition,
             reference.precondition,
+            (square.T.contiguous(), square[0].contiguous(), h[0].contiguous(), square),
+        ),
+        "precondition_list": (
+            lambda *layer: flat(ops.precondition(*([x, x] for x in layer))),
+            lambda *layer: [x for x in reference.precondition(*layer) for _ in range(2)],
             (square.T.contiguous(), square[0].contiguous(), h[0].contiguous(), square),
         ),
         "grad_gram": (
@@ -155,10 +170,12 @@ def on_gpu(function):
         return [moved(item) for item in x] if isinstance(x, list | tuple) else x
 
     def run(*arguments, **options):
-        results = function(*map(moved, arguments), **{k: moved(v) for k, v in options.items()})
+        return home(function(*map(moved, arguments), **{k: moved(v) for k, v in options.items()}))
+
+    def home(results):
         if isinstance(results, torch.Tensor):
             return results.cpu()
-        return [x.cpu() for x in results if x is not None]
+        return [home(x) for x in results if x is not None]
 
     return run
 
@@ -167,6 +184,10 @@ def on_gpu(function):
 def test_every_dtype_within_the_budget_of_the_cpu_tests(dtype):
     checks.centered_grad(on_gpu(ops.centered_grad), 300, 70, 65, dtype)
     checks.precondition(on_gpu(ops.precondition), 70, 65, dtype, alpha=0.3)
+    kinds = [(70, 65, dtype, "contiguous"), (3, 200, dtype, "contiguous")] * 5
+    alphas = [0.1 + i for i in range(10)]
+    for sides in ("input", "both"):
+        checks.precondition_lists(on_gpu(ops.precondition), kinds, alphas, sides=sides)
     for centered in (False, True):
         checks.grad_gram(on_gpu(ops.grad_gram), 130, [(70, 65), (3, 200)], dtype, centered=centered)
 

@@ -36,22 +36,23 @@ def _feature_orders(arguments):
         )
 
 
-def precondition(
-    run, out, width, dtype, *, layout="contiguous", sides="both", alpha=1.0, scale=1.0
-):
+def kronecker_layer(out, width, dtype, *, layout="contiguous", sides="both", scale=1.0, seed=0):
+    """grad_weight, grad_bias, mean and the inverses of the sides, or None."""
     results = budget.accumulate(dtype)
-    grad_weight = budget.random_matrix(out, width, dtype, seed=1, layout=layout)
-    grad_bias = budget.random_matrix(out, 1, dtype, seed=2, layout=layout)[:, 0]
+    grad_weight = budget.random_matrix(out, width, dtype, seed=seed + 1, layout=layout)
+    grad_bias = budget.random_matrix(out, 1, dtype, seed=seed + 2, layout=layout)[:, 0]
     if scale != 1:  # which would lose the layout
         grad_weight, grad_bias = scale * grad_weight, scale * grad_bias
-    mean = budget.random_matrix(width, 1, results, seed=3, layout=layout)[:, 0]
+    mean = budget.random_matrix(width, 1, results, seed=seed + 3, layout=layout)[:, 0]
     # Not symmetric, so that a transposed read shows.
-    a = budget.random_matrix(width, width, results, seed=4, layout=layout)
-    go = budget.random_matrix(out, out, results, seed=5, layout=layout)
+    a = budget.random_matrix(width, width, results, seed=seed + 4, layout=layout)
+    go = budget.random_matrix(out, out, results, seed=seed + 5, layout=layout)
     a = a if sides in ("input", "both") else None
     go = go if sides in ("output", "both") else None
-    got = run(grad_weight, grad_bias, mean, a, output_inverse=go, alpha=alpha)
+    return grad_weight, grad_bias, mean, a, go
 
+
+def assert_step_within_budget(got, layer, alpha):
     def oracle(grad_weight, grad_bias, mean, a, go, rows=None, cols=None):
         dw, db = reference.precondition(
             grad_weight, grad_bias, mean, a, output_inverse=go, alpha=float(alpha)
@@ -61,7 +62,26 @@ def precondition(
             dw, db = dw[rows][:, cols], db[rows]
         return dw, db
 
-    budget.assert_within_budget(got, oracle, [grad_weight, grad_bias, mean, a, go], _feature_orders)
+    budget.assert_within_budget(got, oracle, layer, _feature_orders)
+
+
+def precondition(run, out, width, dtype, *, alpha=1.0, **options):
+    layer = kronecker_layer(out, width, dtype, **options)
+    got = run(*layer[:-1], output_inverse=layer[-1], alpha=alpha)
+    assert_step_within_budget(got, layer, alpha)
+
+
+def precondition_lists(run, kinds, alphas, *, sides="both"):
+    """kinds: (out, width, dtype, layout) of each layer; alphas: one number each."""
+    layers = [
+        kronecker_layer(out, width, dtype, layout=layout, sides=sides, seed=10 * i)
+        for i, (out, width, dtype, layout) in enumerate(kinds)
+    ]
+    *arguments, a, go = (list(side) for side in zip(*layers, strict=True))
+    a, go = a if sides in ("input", "both") else None, go if sides in ("output", "both") else None
+    steps = zip(*run(*arguments, a, output_inverse=go, alpha=alphas), strict=True)
+    for got, layer, alpha in zip(steps, layers, alphas, strict=True):
+        assert_step_within_budget(got, layer, alpha)
 
 
 def layers(n, sizes, dtype, layout="contiguous", offset=0.0):

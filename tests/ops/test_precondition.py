@@ -1,5 +1,7 @@
 """precondition: right for every layout and dtype, and the inverse of the homogeneous factor."""
 
+import importlib
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,6 +9,9 @@ from hypothesis import strategies as st
 
 from fused_so import ops, reference
 from tests.ops import budget, checks
+
+# The function of that name hides the module.
+module = importlib.import_module("fused_so.ops.precondition")
 
 
 def check(*sizes, **options):
@@ -36,6 +41,87 @@ def test_budget_around_the_blocks_of_depth(width):
 @pytest.mark.parametrize("sides", ["input", "output", "both"])
 def test_budget_beyond_one_block_of_rows_and_columns(sides, dtype):
     check(1500, 617, dtype, sides=sides, alpha=0.3)
+
+
+MIXED = [
+    (14, 32, torch.float32, "contiguous"),
+    (1, 1, torch.float32, "contiguous"),
+    (14, 32, torch.float32, "transposed"),
+    (40, 70, torch.float64, "strided"),
+    (14, 32, torch.bfloat16, "expanded"),
+    (70, 40, torch.float16, "contiguous"),
+    (14, 32, torch.float32, "contiguous"),
+]
+
+
+@pytest.mark.parametrize("sides", ["none", "input", "output", "both"])
+@pytest.mark.parametrize("run", [ops.precondition, reference.precondition])
+def test_budget_of_layers_of_mixed_shapes_strides_and_dtypes(run, sides):
+    alphas = [1.0, 2.0, 0.1, 1.0, 3.0, 0.7, 5.0]
+    checks.precondition_lists(run, MIXED, alphas, sides=sides)
+
+
+def layers(sides="both"):
+    """The lists of arguments, and what gives one layer's."""
+    made = [
+        checks.kronecker_layer(*size, dtype, layout=layout, sides=sides, seed=10 * i)
+        for i, (*size, dtype, layout) in enumerate(MIXED)
+    ]
+    return [None if side[0] is None else list(side) for side in zip(*made, strict=True)]
+
+
+@pytest.mark.parametrize("sides", ["none", "input", "both"])
+@pytest.mark.parametrize("numbers", [[1.0] * 7, [1.0, 2.0, 2.0, 0.5, 2.0, 1.0, 3.0]])
+@pytest.mark.parametrize("tensors", [(), range(7), (1, 5)])
+def test_layers_equal_calls_one_by_one_to_the_bit(sides, numbers, tensors):
+    gw, gb, mean, a, go = layers(sides)
+    alphas = [mean[i].new_tensor(n) if i in tensors else n for i, n in enumerate(numbers)]
+    dws, dbs = ops.precondition(gw, tuple(gb), mean, a, output_inverse=go, alpha=alphas)
+    assert len(dws) == len(dbs) == 7
+    for i, (dw, db) in enumerate(zip(dws, dbs, strict=True)):
+        expected = ops.precondition(
+            gw[i], gb[i], mean[i], a and a[i], output_inverse=go and go[i], alpha=alphas[i]
+        )
+        assert torch.equal(dw, expected[0])
+        assert torch.equal(db, expected[1])
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
+def test_one_alpha_is_that_of_all_layers(alpha):
+    gw, gb, mean, a, _ = layers()
+    got = ops.precondition(gw, gb, mean, a, alpha=alpha)
+    expected = ops.precondition(gw, gb, mean, a, alpha=[alpha] * 7)
+    for x, y in zip(got, expected, strict=True):
+        assert all(torch.equal(p, q) for p, q in zip(x, y, strict=True))
+
+
+def test_no_layers():
+    assert ops.precondition([], [], [], []) == ([], [])
+    assert ops.precondition([], [], [], None, output_inverse=[], alpha=2.0) == ([], [])
+
+
+def test_layers_may_be_on_several_devices(monkeypatch):
+    # One call of a kernel for each, and every result in its place.
+    seen = []
+    kernel = module._precondition_list
+
+    def run(weights, *arguments, **options):
+        seen.append([w.device.type for w in weights])
+        return kernel(weights, *arguments, **options)
+
+    monkeypatch.setattr(module, "_precondition_list", run)
+    devices = ["cpu", "meta", "cpu", "meta", "meta"]
+    lists = [
+        [torch.full(size, 1.0 + i, device=device) for i, device in enumerate(devices)]
+        for size in ((3, 2), (3,), (2,), (2, 2))
+    ]
+    dws, dbs = ops.precondition(*lists, alpha=[2.0] * 5)
+    assert seen == [["cpu"] * 2, ["meta"] * 3]
+    assert [dw.device.type for dw in dws] == [db.device.type for db in dbs] == devices
+    for i in (0, 2):
+        expected = ops.precondition(*(x[i] for x in lists), alpha=2.0)
+        assert torch.equal(dws[i], expected[0])
+        assert torch.equal(dbs[i], expected[1])
 
 
 @settings(max_examples=40, derandomize=True, deadline=None)
@@ -117,6 +203,27 @@ def test_opcheck(dtype):
     torch.library.opcheck(op, (grad, grad[:, 0], mean, None))
 
 
+@pytest.mark.parametrize("alpha", [None, 2.0])
+def test_opcheck_of_layers(alpha):
+    gw, gb, mean, a, go = (None if x is None else x[:3] for x in layers())
+    op = torch.ops.fused_so.precondition_list.default
+    alpha = None if alpha is None else [torch.tensor(alpha)] * 3
+    torch.library.opcheck(op, (gw, gb, mean, a), {"output_inverse": go, "alpha": alpha})
+    torch.library.opcheck(op, (gw, gb, mean, None), {"alpha": alpha})
+
+
+def test_compile_fullgraph_of_layers():
+    *arguments, go = layers()
+    alphas = [1.0, 2.0, 2.0, 0.5, 2.0, 1.0, 3.0]
+
+    def step(*arguments):
+        return ops.precondition(*arguments, output_inverse=go, alpha=alphas)
+
+    got = torch.compile(step, fullgraph=True)(*arguments)
+    for x, y in zip(got, step(*arguments), strict=True):
+        assert all(torch.equal(p, q) for p, q in zip(x, y, strict=True))
+
+
 def test_compile_fullgraph():
     x = budget.random_matrix(5, 5, torch.float32, seed=0)
 
@@ -156,6 +263,90 @@ def test_bad_input(change, error, message):
         "input_inverse": torch.eye(3),
         "output_inverse": torch.eye(4),
         "alpha": 1.0,
+    } | change
+    with pytest.raises(error, match=message):
+        ops.precondition(**arguments)
+
+
+def one_wrong(name, entry, count=3):
+    """The list of that argument with another last entry."""
+    good = {
+        "grad_weight": torch.ones(4, 3),
+        "grad_bias": torch.ones(4),
+        "mean": torch.ones(3),
+        "input_inverse": torch.eye(3),
+        "output_inverse": torch.eye(4),
+        "alpha": 1.0,
+    }
+    return {name: [good[name]] * (count - 1) + [entry]}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            one_wrong("grad_weight", torch.ones(4)),
+            *(ValueError, r"grad_weight\[2\] must have shape \(out, in\), got \(4,\)"),
+        ),
+        (one_wrong("grad_weight", 1.0), TypeError, r"grad_weight\[2\] must be a Tensor, got float"),
+        (
+            one_wrong("grad_bias", torch.ones(4).half()),
+            *(
+                TypeError,
+                r"grad_bias\[2\] must have the dtype of grad_weight\[2\], torch.float32, ",
+            ),
+        ),
+        (
+            one_wrong("mean", torch.ones(3).double()),
+            *(TypeError, r"mean\[2\] must be torch.float32 for grad_weight\[2\] in torch.float32"),
+        ),
+        (
+            one_wrong("mean", torch.ones(4)),
+            ValueError,
+            r"mean\[2\] must have shape \(3\), got \(4,",
+        ),
+        (
+            one_wrong("input_inverse", None),
+            TypeError,
+            r"input_inverse\[2\] must be a Tensor, got N",
+        ),
+        (
+            one_wrong("input_inverse", torch.ones(3, 2)),
+            ValueError,
+            r"input_inverse\[2\] .*\(3, 2\)",
+        ),
+        (one_wrong("output_inverse", torch.eye(3)), ValueError, r"output_inverse\[2\] .*\(3, 3\)"),
+        (
+            one_wrong("mean", torch.ones(3, device="meta")),
+            *(ValueError, r"mean\[2\] must be on the device of grad_weight\[2\], cpu, got meta"),
+        ),
+        (one_wrong("alpha", 0), ValueError, r"alpha\[2\] must be positive, got 0"),
+        (one_wrong("alpha", True), TypeError, r"alpha\[2\] must be a number, got bool"),
+        (
+            one_wrong("alpha", torch.ones(1)),
+            ValueError,
+            r"alpha\[2\] must have shape \(\), got \(1,",
+        ),
+        ({"alpha": 0}, ValueError, "alpha must be positive, got 0"),
+        ({"alpha": "111"}, TypeError, "alpha must be a number, got str"),
+        (
+            {"alpha": [1.0]},
+            ValueError,
+            "alpha must hold 3 entries, one for each of grad_weight, got",
+        ),
+        ({"mean": torch.ones(3)}, TypeError, "mean must be a list of tensors, got Tensor"),
+        ({"input_inverse": []}, ValueError, "input_inverse must hold 3 entries, one for each .* 0"),
+        ({"grad_bias": None}, TypeError, "grad_bias must be a list of tensors, got NoneType"),
+        ({"grad_weight": "abc"}, TypeError, "grad_weight must be a list of tensors, got str"),
+    ],
+)
+def test_bad_lists(change, error, message):
+    arguments = {
+        "grad_weight": [torch.ones(4, 3)] * 3,
+        "grad_bias": [torch.ones(4)] * 3,
+        "mean": [torch.ones(3)] * 3,
+        "input_inverse": [torch.eye(3)] * 3,
+        "output_inverse": [torch.eye(4)] * 3,
     } | change
     with pytest.raises(error, match=message):
         ops.precondition(**arguments)

@@ -128,7 +128,7 @@ def centered_grad_cases():
 
 
 def precondition_cases():
-    from fused_so.triton_kernels.precondition import precondition
+    from fused_so.triton_kernels.precondition import precondition, precondition_list
 
     def step(grad, input_side, output_side, alpha=True):
         dtype = torch.promote_types(grad.dtype, torch.float32)
@@ -152,6 +152,32 @@ def precondition_cases():
     yield "precondition transposed", lambda: step(meta(2000, 1000).T, *both)
     yield "precondition one by one", lambda: step(meta(1, 1), *both)
     yield "precondition int64 stride", lambda: step(far_apart(600, 1000), True, False)
+
+    def steps(grad, sides, alpha=True, count=3):
+        out, width = grad.shape
+        dtype = torch.promote_types(grad.dtype, torch.float32)
+        a, go = (
+            [meta(d, d, dtype=dtype)] * count if side else None
+            for d, side in zip((width, out), sides, strict=True)
+        )
+        scales = [meta(dtype=dtype)] * count if alpha else None
+        means = [meta(width, dtype=dtype)] * count
+        biases = [grad[:, 0]] * count
+        precondition_list([grad] * count, biases, means, a, output_inverse=go, alpha=scales)
+
+    # Every tile again, with the addresses of several layers.
+    for dtype in (torch.float32, torch.float64):
+        for width in (500, 250, 30):
+            grad = meta(width, width, dtype=dtype)
+            for sides in (both, (True, False), (False, True), (False, False)):
+                name = f"precondition layers {dtype} {width} {sides}"
+                yield name, lambda grad=grad, sides=sides: steps(grad, sides)
+    half = meta(250, 500, dtype=torch.bfloat16)
+    yield "precondition layers bfloat16", lambda: steps(half, both)
+    yield "precondition layers without alpha", lambda: steps(half, both, alpha=False)
+    yield "precondition layers transposed", lambda: steps(meta(250, 500).T, both)
+    yield "precondition nine layers", lambda: steps(meta(250, 500), both, count=9)
+    yield "precondition layers one by one", lambda: steps(meta(1, 1), both)
 
 
 def grad_gram_cases():

@@ -1,14 +1,18 @@
 """The Triton precondition against float64: in the interpreter, or on a GPU if there is one."""
 
+import importlib
+
 import pytest
 import torch
 
 from fused_so import reference
-from fused_so.triton_kernels import _product
-from fused_so.triton_kernels.precondition import precondition
+from fused_so.triton_kernels import _matrix, _product
+from fused_so.triton_kernels.precondition import precondition, precondition_list
 from tests.ops import budget, checks
 from tests.triton_kernels.device import DEVICE, far_apart, moved
 
+# The function of that name hides the module.
+kernels = importlib.import_module("fused_so.triton_kernels.precondition")
 SIDES = ["none", "input", "output", "both"]
 RESULTS = (torch.float32, torch.float64)
 # The products are of the type that the results have.
@@ -21,6 +25,17 @@ def run(grad_weight, grad_bias, mean, a, *, output_inverse=None, alpha=None):
     arguments = (moved(x) for x in (grad_weight, grad_bias, mean, a))
     got = precondition(*arguments, output_inverse=moved(output_inverse), alpha=alpha)
     return [x.cpu() for x in got]
+
+
+def run_lists(grad_weight, grad_bias, mean, a, *, output_inverse=None, alpha=None):
+    lists = (x and [moved(y) for y in x] for x in (grad_weight, grad_bias, mean, a, output_inverse))
+    *arguments, go = lists
+    if alpha is not None:
+        # As an optimizer has them: parts of one tensor, not aligned.
+        means = arguments[2]
+        alpha = [means[0].new_tensor(alpha)[i].to(m) for i, m in enumerate(means)]
+    dws, dbs = precondition_list(*arguments, output_inverse=go, alpha=alpha)
+    return [x.cpu() for x in dws], [x.cpu() for x in dbs]
 
 
 @pytest.mark.parametrize(("dtype", "tile"), TILED)
@@ -116,3 +131,107 @@ def test_offsets_past_32_bits():
         far = (None if x is None else far_apart(x) for x in sides)
         got = step(far_apart(grad), *far)
         assert all(torch.equal(p, q) for p, q in zip(got, expected, strict=True))
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The layers of every launch of the last kernel, in order."""
+    counts = []
+    kernel = kernels._finish_rows
+
+    class Counted:
+        def __getitem__(self, grid):
+            counts.append(grid[1])
+            return kernel[grid]
+
+    monkeypatch.setattr(kernels, "_finish_rows", Counted())
+    return counts
+
+
+@pytest.mark.parametrize("sides", SIDES)
+@pytest.mark.parametrize(("count", "expected"), [(1, [1]), (3, [3]), (8, [8]), (10, [8, 2])])
+def test_layers_of_one_shape_take_one_launch(count, expected, sides, launches):
+    kinds = [(14, 35, torch.float32, "contiguous")] * count
+    checks.precondition_lists(run_lists, kinds, [0.5 + i for i in range(count)], sides=sides)
+    assert launches == expected
+
+
+@pytest.mark.parametrize("sides", SIDES)
+def test_layers_unlike_each_other_are_not_mixed(sides, launches):
+    small, strided = (14, 35, torch.float32, "contiguous"), (14, 35, torch.float32, "strided")
+    half, double = (14, 35, torch.bfloat16, "contiguous"), (14, 35, torch.float64, "contiguous")
+    turned = (35, 14, torch.float32, "contiguous")
+    kinds = [small, turned, strided, half, small, double, turned, small]
+    checks.precondition_lists(run_lists, kinds, [0.5 + i for i in range(8)], sides=sides)
+    assert sorted(launches) == [1, 1, 1, 2, 3]
+
+
+@pytest.mark.parametrize("dtype", budget.DTYPES)
+@pytest.mark.parametrize("layout", budget.LAYOUTS)
+@pytest.mark.parametrize("sides", SIDES)
+def test_layers_of_any_strides_and_dtypes(sides, layout, dtype, launches):
+    checks.precondition_lists(
+        run_lists, [(24, 35, dtype, layout)] * 3, [1.0, 2.0, 3.0], sides=sides
+    )
+    assert launches == [3]
+
+
+@pytest.mark.parametrize(
+    ("out", "width", "sides"),
+    [(20, 300, "input"), (300, 10, "output"), (5, 300, "both"), (9, 600, "none")],
+)
+def test_long_sums_of_layers_are_split(out, width, sides):
+    kinds = [(out, width, torch.float32, "contiguous")] * 3
+    checks.precondition_lists(run_lists, kinds, [3.0, 1.0, 0.1], sides=sides)
+
+
+def test_layers_that_are_not_aligned_are_launched_apart(launches):
+    # As in a bucket of gradients that lie one after the other.
+    room = torch.randn(6 * 12 * 35 + 1)
+    whole, off = (
+        [room[i + first :][: 12 * 35] for i in range(0, 6 * 420, 840)] for first in (0, 1)
+    )
+    gradients = [x.view(12, 35) for x in (*whole, *off)]
+    biases, means = [torch.randn(12) for _ in gradients], [torch.randn(35) for _ in gradients]
+    inverses = [torch.randn(35, 35) for _ in gradients]
+    # Not by `moved`, which would copy the whole storage to another address.
+    arguments = [[y.to(DEVICE) for y in x] for x in (gradients, biases, means, inverses)]
+    dws, _ = precondition_list(*arguments)
+    assert launches == ([3, 3] if DEVICE == "cpu" else [6])
+    for i, dw in enumerate(dws):
+        expected, _ = precondition(*(x[i] for x in arguments))
+        torch.testing.assert_close(dw, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_a_layer_at_work_for_longer_than_its_launch_is_launched_alone(launches, monkeypatch):
+    size = 4 * (14 * 35 + 14 + 35 + 35 * 35)
+    kinds = [(14, 35, torch.float32, "contiguous")] * 3
+    for limit, expected in ((size, [3]), (size - 1, [1, 1, 1])):
+        monkeypatch.setattr(_matrix, "JOINED_BYTES", limit)
+        launches.clear()
+        checks.precondition_lists(run_lists, kinds, [1.0, 2.0, 3.0], sides="input")
+        assert launches == expected
+
+
+@pytest.mark.parametrize("sides", SIDES)
+@pytest.mark.parametrize(("out", "width"), [(0, 0), (0, 3), (3, 0)])
+def test_empty_layers(out, width, sides):
+    a = [torch.ones(width, width)] * 2 if sides in ("input", "both") else None
+    go = [torch.ones(out, out)] * 2 if sides in ("output", "both") else None
+    arguments = [torch.ones(out, width)] * 2, [torch.ones(out)] * 2, [torch.ones(width)] * 2, a
+    got = run_lists(*arguments, output_inverse=go, alpha=[1.0, 2.0])
+    expected = reference.precondition(*arguments, output_inverse=go, alpha=[1.0, 2.0])
+    for x, y in zip(got, expected, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("sides", SIDES)
+def test_bad_entries_of_one_layer_stay_in_it(sides):
+    layers = [
+        checks.kronecker_layer(35, 35, torch.float32, sides=sides, seed=s) for s in (0, 9, 18)
+    ]
+    layers[1][0][34, 3] = torch.nan
+    *arguments, a, go = (None if x[0] is None else list(x) for x in zip(*layers, strict=True))
+    dws, dbs = run_lists(*arguments, a, output_inverse=go)
+    for i, (dw, db) in enumerate(zip(dws, dbs, strict=True)):
+        assert dw.isnan().any() == db.isnan().any() == (i == 1)
