@@ -42,6 +42,37 @@ def test_covariance_in_place(benchmark, size):
     )
 
 
+LAYERS = 8
+
+
+def test_covariance_in_place_of_layers(benchmark, size):
+    n, d = size
+    hs = [torch.rand(n, d) for _ in range(LAYERS)]
+    covs, means = ([x() for _ in hs] for x in (lambda: torch.eye(d), lambda: torch.rand(d)))
+
+    def centered():
+        for cov, mean, h in zip(covs, means, hs, strict=True):
+            batch_mean = h.mean(0)
+            hc = h - batch_mean
+            cov.addmm_(hc.T, hc, beta=DECAY, alpha=(1 - DECAY) / n)
+            shift = mean - batch_mean
+            cov.addr_(shift, shift, alpha=DECAY * (1 - DECAY))
+            mean.lerp_(batch_mean, 1 - DECAY)
+
+    def one_by_one():
+        for layer in zip(covs, means, hs, strict=True):
+            ops.covariance_(*layer, decay=DECAY)
+
+    compare(
+        benchmark,
+        f"covariance_ {LAYERS} of n {n}, d {d}",
+        lambda: ops.covariance_(covs, means, hs, decay=DECAY),
+        {"centered addmm, addr": centered, "one by one": one_by_one},
+        flops=LAYERS * n * d * (d + 1),
+        bytes=LAYERS * 4 * (n * d + 2 * d * d),
+    )
+
+
 def test_covariance(benchmark, size):
     n, d = size
     h = torch.rand(n, d)

@@ -64,6 +64,23 @@ def covariance_centered(cov, mean, h):
     return cov, mean
 
 
+def covariance_joined(covs, means, hs):
+    ops.covariance_(covs, means, hs, decay=DECAY)
+    return covs, means
+
+
+def covariance_centered_each(covs, means, hs):
+    for layer in zip(covs, means, hs, strict=True):
+        covariance_centered(*layer)
+    return covs, means
+
+
+def covariance_each(covs, means, hs):
+    for layer in zip(covs, means, hs, strict=True):
+        covariance_ours(*layer)
+    return covs, means
+
+
 def covariance_cases():
     for dtype in (torch.float32, torch.bfloat16):
         for n, d in (
@@ -89,6 +106,21 @@ def covariance_cases():
                 bytes=dtype.itemsize * n * d + 8 * d * d,
                 dtype=dtype,
             )
+    for count, n, d in ((16, 128, 32), (16, 256, 256), (8, 256, 1000)):
+
+        def layers(device, count=count, n=n, d=d):
+            hs = [torch.randn(n, d, device=device) + 1 for _ in range(count)]
+            covs = [torch.eye(d, device=device) for _ in hs]
+            return covs, [torch.ones(d, device=device) for _ in hs], hs
+
+        yield Case(
+            f"covariance_ {count} of n {n}, d {d}",
+            layers,
+            covariance_joined,
+            (covariance_centered_each, covariance_each),
+            flops=count * n * d * (d + 1),
+            bytes=count * (4 * n * d + 8 * d * d),
+        )
 
 
 # damped_inverse

@@ -77,11 +77,27 @@ bool mix(const Tensor& cov, const Tensor& mean, const Tensor& h, double decay, b
   return true;
 }
 
-Tensor covariance_(Tensor cov, Tensor mean, Tensor h, double decay, bool centered) {
-  Tensor accepted = empty_on_cpu({}, ScalarType::Bool);
-  *static_cast<bool*>(accepted.mutable_data_ptr()) = with_type(h.scalar_type(), [&](auto tag) {
+bool mix_layer(const Tensor& cov, const Tensor& mean, const Tensor& h, double decay,
+               bool centered) {
+  return with_type(h.scalar_type(), [&](auto tag) {
     return mix<typename decltype(tag)::type>(cov, mean, h, decay, centered);
   });
+}
+
+Tensor covariance_(Tensor cov, Tensor mean, Tensor h, double decay, bool centered) {
+  Tensor accepted = empty_on_cpu({}, ScalarType::Bool);
+  *static_cast<bool*>(accepted.mutable_data_ptr()) = mix_layer(cov, mean, h, decay, centered);
+  return accepted;
+}
+
+Tensor covariance_list(std::vector<Tensor> covs, std::vector<Tensor> means, std::vector<Tensor> hs,
+                       std::vector<double> decays, bool centered) {
+  const size_t count = hs.size();
+  Tensor accepted = empty_on_cpu({static_cast<int64_t>(count)}, ScalarType::Bool);
+  bool* const taken = static_cast<bool*>(accepted.mutable_data_ptr());
+  for (size_t i = 0; i < count; ++i) {
+    taken[i] = mix_layer(covs[i], means[i], hs[i], decays[i], centered);
+  }
   return accepted;
 }
 
@@ -90,6 +106,7 @@ Tensor covariance_(Tensor cov, Tensor mean, Tensor h, double decay, bool centere
 STABLE_TORCH_LIBRARY_IMPL(fused_so, CPU, m) {
   m.impl("covariance", TORCH_BOX(&covariance));
   m.impl("covariance_", TORCH_BOX(&covariance_));
+  m.impl("covariance_list_", TORCH_BOX(&covariance_list));
 }
 
 }  // namespace fused_so

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from fused_so import reference
 from fused_so._dtypes import accumulate_dtype
 from fused_so.ops import _check
+from fused_so.ops._layers import lists_of_layers
 from fused_so.ops._registry import define
 
 
@@ -35,7 +38,12 @@ def covariance(h: Tensor, *, centered: bool = True) -> tuple[Tensor, Tensor]:
 
 
 def covariance_(
-    cov: Tensor, mean: Tensor, h: Tensor, *, decay: float, centered: bool = True
+    cov: Tensor | Sequence[Tensor],
+    mean: Tensor | Sequence[Tensor],
+    h: Tensor | Sequence[Tensor],
+    *,
+    decay: float | Sequence[float],
+    centered: bool = True,
 ) -> Tensor:
     r"""Moves a running covariance towards that of the rows of `h`, in place.
 
@@ -55,9 +63,13 @@ def covariance_(
         h: (n, d), any strides.
         decay: in [0, 1].
 
+        Or lists, with an entry for each of k >= 1 layers of any sizes and dtypes, all on one
+        device: small layers of one shape and decay then share their launches on a GPU. A decay
+        that is no list is that of all.
+
     Returns:
-        A 0-dim bool tensor on the device of h: whether the batch was taken. Reading it is the
-        only synchronization with a GPU, and is left to the caller.
+        A 0-dim bool tensor on the device of h: whether the batch was taken; (k,) for lists. Reading
+        it is the only synchronization with a GPU, and is left to the caller.
 
     Raises:
         TypeError, ValueError: an argument breaks a rule above; nothing is changed.
@@ -65,21 +77,46 @@ def covariance_(
     Source: George 2017, Algorithm 4 line 6, with the averaging of Martens and Grosse 2015,
     section 5 of the long version. Not differentiable.
     """
-    _check.shape("h", h, ("n", "d"))
-    d = h.shape[1]
-    _check.shape("cov", cov, (d, d))
-    _check.shape("mean", mean, (d,))
-    _check.same_device("cov", cov, "h", h)
-    _check.same_device("mean", mean, "h", h)
-    _check.accumulates("cov", cov, "h", h)
-    _check.accumulates("mean", mean, "h", h)
-    _check.contiguous("cov", cov)
-    _check.contiguous("mean", mean)
+    if isinstance(h, Sequence):
+        return _covariances_(cov, mean, h, decay, centered)
+    _check_layer("", cov, mean, h)
     _check.within("decay", decay, 0.0, 1.0)
     _check.boolean("centered", centered)
     accepted = _covariance_(cov, mean, h, decay=float(decay), centered=centered)
     _check.mutated(cov, mean)
     return accepted
+
+
+def _covariances_(cov, mean, h, decay, centered):
+    lists = {"h": h, "cov": cov, "mean": mean}
+    each = isinstance(decay, Sequence) and not isinstance(decay, str)
+    lists = lists_of_layers(**(lists | {"decay": decay} if each else lists))
+    if not lists["h"]:
+        raise ValueError("h must hold at least one tensor, got an empty list")
+    covs, means, hs = lists["cov"], lists["mean"], lists["h"]
+    decays = lists["decay"] if each else [decay] * len(hs)
+    for i, layer in enumerate(zip(covs, means, hs, strict=True)):
+        _check_layer(f"[{i}]", *layer)
+        _check.same_device(f"h[{i}]", hs[i], "h[0]", hs[0])
+        _check.within(f"decay[{i}]" if each else "decay", decays[i], 0.0, 1.0)
+    _check.boolean("centered", centered)
+    if len({id(tensor) for tensor in (*covs, *means)}) < 2 * len(covs):
+        raise ValueError("cov and mean must hold each tensor once, got one twice")
+    decays = [float(beta) for beta in decays]
+    accepted = _covariance_list_(covs, means, hs, decay=decays, centered=centered)
+    _check.mutated(*covs, *means)
+    return accepted
+
+
+def _check_layer(at, cov, mean, h):
+    """Raises if a layer's tensors do not fit together; `at` follows their names."""
+    _check.shape(f"h{at}", h, ("n", "d"))
+    d = h.shape[1]
+    for name, statistic, expected in (("cov", cov, (d, d)), ("mean", mean, (d,))):
+        _check.shape(f"{name}{at}", statistic, expected)
+        _check.same_device(f"{name}{at}", statistic, f"h{at}", h)
+        _check.accumulates(f"{name}{at}", statistic, f"h{at}", h)
+        _check.contiguous(f"{name}{at}", statistic)
 
 
 def _fake_covariance(h, *, centered=True):
@@ -90,6 +127,10 @@ def _fake_covariance(h, *, centered=True):
 
 def _fake_covariance_(cov, mean, h, *, decay, centered=True):
     return h.new_empty((), dtype=torch.bool)
+
+
+def _fake_covariance_list_(cov, mean, h, *, decay, centered=True):
+    return h[0].new_empty(len(h), dtype=torch.bool)
 
 
 _covariance = define(
@@ -104,4 +145,11 @@ _covariance_ = define(
     stem="covariance",
     reference=reference.covariance_,
     fake=_fake_covariance_,
+)
+_covariance_list_ = define(
+    "covariance_list_(Tensor(a!)[] cov, Tensor(b!)[] mean, Tensor[] h, *, float[] decay,"
+    " bool centered=True) -> Tensor accepted",
+    stem="covariance",
+    reference=reference.covariance_,
+    fake=_fake_covariance_list_,
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -22,8 +24,17 @@ def covariance(h: Tensor, *, centered: bool = True) -> tuple[Tensor, Tensor]:
 
 
 def covariance_(
-    cov: Tensor, mean: Tensor, h: Tensor, *, decay: float, centered: bool = True
+    cov: Tensor | Sequence[Tensor],
+    mean: Tensor | Sequence[Tensor],
+    h: Tensor | Sequence[Tensor],
+    *,
+    decay: float | Sequence[float],
+    centered: bool = True,
 ) -> Tensor:
+    if isinstance(h, Sequence):
+        decays = decay if isinstance(decay, Sequence) else [decay] * len(h)
+        layers = zip(cov, mean, h, decays, strict=True)
+        return torch.stack([covariance_(*x, decay=beta, centered=centered) for *x, beta in layers])
     if h.shape[0] == 0:
         return torch.zeros((), dtype=torch.bool, device=h.device)
     batch_cov, batch_mean = covariance(h, centered=centered)

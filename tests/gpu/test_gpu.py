@@ -16,6 +16,7 @@ OPS = (
     "centered_grad",
     "covariance",
     "covariance_",
+    "covariance_list_",
     "damped_inverse",
     "grad_gram",
     "jacobian_backprop",
@@ -58,6 +59,10 @@ def calls():
         "centered_grad": ((x, random(7, 3)), {}),
         "covariance": ((x,), {"centered": True}),
         "covariance_": ((square.clone(), row.clone(), x), {"decay": 0.5}),
+        "covariance_list_": (
+            ([square.clone(), square.clone()], [row.clone(), row.clone()], [x, x]),
+            {"decay": [0.5, 0.5]},
+        ),
         "damped_inverse": ((spd(4, 4)[None], torch.full((1,), 0.1, device="cuda")), {}),
         "grad_gram": (([x], [x]), {"centered": True, "biases": [True]}),
         "jacobian_backprop": (

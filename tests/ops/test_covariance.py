@@ -209,6 +209,130 @@ def test_an_unknown_instruction_set_is_refused_by_name():
     assert "FUSED_SO_CPU must be avx512, avx2 or portable, got 'sse9'" in result.stderr
 
 
+MIXED = [
+    (33, 20, torch.float32, "contiguous"),
+    (1, 1, torch.float32, "contiguous"),
+    (33, 20, torch.float32, "strided"),
+    (50, 70, torch.float64, "transposed"),
+    (33, 20, torch.bfloat16, "expanded"),
+    (0, 5, torch.float32, "contiguous"),
+    (33, 20, torch.float32, "contiguous"),
+]
+DECAYS = [0.9, 0.5, 0.9, 0.0, 0.9, 0.9, 1.0]
+
+
+def layers():
+    """Lists of running covariances and means, and of batches."""
+    made = [
+        (*state(d, budget.accumulate(dtype), seed=i + 1), budget.random_matrix(n, d, dtype, seed=i))
+        for i, (n, d, dtype, _) in enumerate(MIXED)
+    ]
+    covs, means, _ = (list(side) for side in zip(*made, strict=True))
+    hs = [
+        budget.random_matrix(n, d, dtype, seed=i, layout=layout)
+        for i, (n, d, dtype, layout) in enumerate(MIXED)
+    ]
+    return covs, means, hs
+
+
+@pytest.mark.parametrize("centered", [True, False])
+@pytest.mark.parametrize("decays", [DECAYS, 0.9])
+def test_layers_equal_calls_one_by_one_to_the_bit(decays, centered):
+    # Which are held to the budget above.
+    covs, means, hs = layers()
+    hs[2][1, 3] = torch.nan
+    before = [(cov.clone(), mean.clone()) for cov, mean in zip(covs, means, strict=True)]
+    accepted = ops.covariance_(covs, tuple(means), hs, decay=decays, centered=centered)
+    assert accepted.tolist() == [True, True, False, True, True, False, True]
+    for i, one in enumerate(before):
+        decay = decays[i] if isinstance(decays, list) else decays
+        assert ops.covariance_(*one, hs[i], decay=decay, centered=centered) == accepted[i]
+        assert torch.equal(covs[i], one[0])
+        assert torch.equal(means[i], one[1])
+
+
+@pytest.mark.parametrize("centered", [True, False])
+def test_layers_of_the_reference_equal_its_calls_one_by_one(centered):
+    covs, means, hs = layers()
+    hs[2][1, 3] = torch.nan
+    before = [(cov.clone(), mean.clone()) for cov, mean in zip(covs, means, strict=True)]
+    accepted = reference.covariance_(covs, means, hs, decay=DECAYS, centered=centered)
+    for i, one in enumerate(before):
+        taken = reference.covariance_(*one, hs[i], decay=DECAYS[i], centered=centered)
+        assert taken == accepted[i]
+        assert torch.equal(covs[i], one[0])
+        assert torch.equal(means[i], one[1])
+
+
+def test_opcheck_of_layers():
+    covs, means, hs = layers()
+    op = torch.ops.fused_so.covariance_list_.default
+    torch.library.opcheck(op, (covs, means, hs), {"decay": DECAYS, "centered": False})
+
+
+def test_compile_fullgraph_of_layers():
+    eager, traced = layers(), layers()
+    step = torch.compile(lambda c, m, h: ops.covariance_(c, m, h, decay=DECAYS), fullgraph=True)
+    assert torch.equal(step(*traced), ops.covariance_(*eager, decay=DECAYS))
+    for x, y in zip((*eager[0], *eager[1]), (*traced[0], *traced[1]), strict=True):
+        assert torch.equal(x, y)
+
+
+ONE_COV, ONE_MEAN = torch.ones(4, 4), torch.ones(4)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            {"h": [torch.ones(6, 4)]},
+            ValueError,
+            "cov must hold 1 entries, one for each of h, got 2",
+        ),
+        ({"h": [torch.ones(6, 4), torch.ones(4)]}, ValueError, r"h\[1\] must have shape \(n, d\)"),
+        ({"h": [torch.ones(6, 4), 1.0]}, TypeError, r"h\[1\] must be a Tensor, got float"),
+        (
+            {"h": [torch.ones(6, 4), torch.ones(6, 3)]},
+            *(ValueError, r"cov\[1\] must have shape \(3, 3\), got \(4, 4\)"),
+        ),
+        (
+            {"h": [torch.ones(6, 4), torch.ones(6, 4).double()]},
+            *(TypeError, r"cov\[1\] must be torch.float64 for h\[1\] in torch.float64, got"),
+        ),
+        (
+            {"h": [torch.ones(6, 4), torch.ones(6, 4, device="meta")]},
+            *(ValueError, r"cov\[1\] must be on the device of h\[1\], meta, got cpu"),
+        ),
+        ({"mean": [torch.ones(4), torch.ones(8)[::2]]}, ValueError, r"mean\[1\] .* contiguous"),
+        ({"mean": torch.ones(4)}, TypeError, "mean must be a list of tensors, got Tensor"),
+        ({"cov": [ONE_COV, ONE_COV]}, ValueError, "cov and mean must hold each tensor once"),
+        ({"mean": [ONE_MEAN, ONE_MEAN]}, ValueError, "cov and mean must hold each tensor once"),
+        ({"decay": 1.5}, ValueError, "decay must be at least 0 and at most 1, got 1.5"),
+        (
+            {"decay": [0.5, 1.5]},
+            ValueError,
+            r"decay\[1\] must be at least 0 and at most 1, got 1.5",
+        ),
+        ({"decay": [0.5]}, ValueError, "decay must hold 2 entries, one for each of h, got 1"),
+        ({"decay": "11"}, TypeError, "decay must be a number, got str"),
+        ({"centered": 1}, TypeError, "centered must be True or False, got 1"),
+        ({"h": [], "cov": [], "mean": []}, ValueError, "h must hold at least one tensor, got an"),
+    ],
+)
+def test_bad_lists_change_nothing(change, error, message):
+    arguments = {
+        "cov": [torch.ones(4, 4), torch.ones(4, 4)],
+        "mean": [torch.ones(4), torch.ones(4)],
+        "h": [torch.rand(6, 4), torch.rand(6, 4)],
+        "decay": 0.5,
+    } | change
+    states = [x for name in ("cov", "mean") for x in arguments[name]]
+    before = [x.clone() for x in states]
+    with pytest.raises(error, match=message):
+        ops.covariance_(**arguments)
+    assert all(torch.equal(x, y) for x, y in zip(states, before, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_opcheck(dtype):
     h = budget.random_matrix(7, 5, dtype, seed=0)

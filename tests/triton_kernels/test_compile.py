@@ -72,7 +72,7 @@ def cases():
 
 
 def covariance_cases():
-    from fused_so.triton_kernels.covariance import covariance, covariance_
+    from fused_so.triton_kernels.covariance import covariance, covariance_, covariance_list_
 
     def update(h, centered):
         d, dtype = h.shape[1], torch.promote_types(h.dtype, torch.float32)
@@ -90,6 +90,20 @@ def covariance_cases():
     yield "covariance_ one by one", lambda: update(meta(1, 1), True)
     # A stride past 2^31 arrives as int64.
     yield "covariance_ int64 stride", lambda: update(far_apart(600, 1000), True)
+
+    def updates(h, centered, count=3):
+        d, dtype = h.shape[1], torch.promote_types(h.dtype, torch.float32)
+        covs, means = [meta(d, d, dtype=dtype)] * count, [meta(d, dtype=dtype)] * count
+        covariance_list_(covs, means, [h] * count, decay=[0.9] * count, centered=centered)
+
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        for d in (30, 1000):
+            for centered in (True, False):
+                h = meta(1024, d, dtype=dtype)
+                name = f"covariance_ layers {dtype} {d} {centered}"
+                yield name, lambda h=h, centered=centered: updates(h, centered)
+    yield "covariance_ layers transposed", lambda: updates(meta(250, 128).T, True)
+    yield "covariance_ layers one by one", lambda: updates(meta(1, 1), True)
     yield "covariance float16", lambda: covariance(meta(100, 1000, dtype=torch.float16))
 
 

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from fused_so.triton_kernels._matrix import load_widths
 from fused_so.triton_kernels._symmetric import triangle_grid, triangle_tile
-from fused_so.triton_kernels.covariance import covariance, covariance_
+from fused_so.triton_kernels.covariance import covariance, covariance_, covariance_list_
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = (torch.float16, torch.bfloat16)
@@ -243,3 +243,71 @@ def test_offsets_past_32_bits():
     h = h.as_strided((3, 5), (stride, 1)).copy_(batch(3, 5, torch.float16))
     check_covariance(h)
     check_covariance(h.T)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The layers of every launch of the product, in order."""
+    module = importlib.import_module("fused_so.triton_kernels.covariance")
+    counts, kernel = [], module._update_product
+
+    class Counted:
+        def __getitem__(self, grid):
+            counts.append(grid[1])
+            return kernel[grid]
+
+    monkeypatch.setattr(module, "_update_product", Counted())
+    return counts
+
+
+def check_layers(hs, decays, centered=True, refused=()):
+    """Equal to the bit to calls one by one, which are held to the budget above."""
+    states = [state(h.shape[1], h.dtype, seed=i) for i, h in enumerate(hs)]
+    covs, means = ([x.clone() for x in side] for side in zip(*states, strict=True))
+    accepted = covariance_list_(covs, means, hs, decay=decays, centered=centered)
+    assert accepted.dtype == torch.bool
+    assert accepted.tolist() == [i not in refused for i in range(len(hs))]
+    for i, (cov, mean) in enumerate(states):
+        covariance_(cov, mean, hs[i], decay=decays[i], centered=centered)
+        assert torch.equal(covs[i], cov)
+        assert torch.equal(means[i], mean)
+
+
+@pytest.mark.parametrize("tile", [1, 1000])
+@pytest.mark.parametrize("centered", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "d"), [(1, 1), (33, 17), (300, 70)])
+def test_layers_of_one_shape_take_one_launch(n, d, dtype, centered, tile, launches):
+    check_layers([batch(n, d, dtype, seed=i) for i in range(3)], [0.9] * 3, centered)
+    assert launches[0] == 3
+
+
+@pytest.mark.parametrize(("count", "expected"), [(1, [1]), (8, [8]), (10, [8, 2])])
+def test_more_layers_than_one_launch_takes(count, expected, launches):
+    check_layers([batch(20, 35, torch.float32, seed=i) for i in range(count)], [0.9] * count)
+    assert launches[: len(expected)] == expected
+
+
+@pytest.mark.parametrize("bad", [0, 1, 2])
+@pytest.mark.parametrize("n", [33, 520])
+def test_a_bad_batch_is_refused_and_the_others_are_taken(n, bad, launches):
+    # In the last of two blocks of columns.
+    hs = [batch(n, 70, torch.float32, seed=i) for i in range(3)]
+    hs[bad][n // 2, 69] = float("nan")
+    check_layers(hs, [0.9] * 3, refused={bad})
+    assert launches[0] == 3
+
+
+def test_layers_unlike_each_other_are_not_mixed(launches):
+    f32 = torch.float32
+    hs = [
+        batch(33, 20, f32, 0),
+        batch(20, 33, f32, 1),
+        batch(33, 20, f32, 2),
+        batch(0, 20, f32, 3),
+        batch(66, 20, f32, 4)[::2],
+        batch(33, 20, torch.bfloat16, 5),
+        batch(33, 20, f32, 6),
+    ]
+    check_layers(hs, [0.9, 0.9, 0.9, 0.9, 0.9, 0.9, 0.5], refused={3})
+    assert launches[:5] == [2, 1, 1, 1, 1]
