@@ -218,12 +218,12 @@ def _untuned(results: Results) -> list[str]:
             ratios.append((1.0, f"`{method}` the same setting"))
             continue
         common = max(_median_final(roles[role]) for role in ("default", "tuned"))
-        if not math.isfinite(common):
-            continue
         untuned, tuned = (
             statistics.median(run.first_below(common)[0] for run in roles[role])
             for role in ("default", "tuned")
         )
+        if not tuned:  # no better than before the first update
+            continue
         ratios.append((untuned / tuned, f"`{method}` {untuned / tuned:.2g}"))
     if not ratios:
         return []
