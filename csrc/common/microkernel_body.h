@@ -602,10 +602,6 @@ void square(int64_t depth, const T* a, const T* b, T beta, T* c, int64_t ldc) {
   }
 }
 
-// Longer vectors are slower on entries that come from the L3 cache (measured: by a tenth).
-template <class T, int V>
-constexpr int kUpdateVector = V * sizeof(T) > 32 ? 32 / sizeof(T) : V;
-
 // A tile of MR x 2 vectors of V.
 template <class T, int MR, int V>
 constexpr Microkernel<T> make_microkernel() {
@@ -620,7 +616,7 @@ constexpr Microkernel<T> make_microkernel() {
                         &transpose_block<T, V>,
                         &dot<T, V* static_cast<int>(sizeof(T)) / 8>,
                         &combine_rows<T, V>,
-                        &update_entries<T, kUpdateVector<T, V>>,
+                        &update_entries<T, V>,
                         {}};
   fill_tiles<T, MR, 1, V, a_width, b_width>(kernel);
   fill_tiles<T, MR, 2, V, a_width, b_width>(kernel);
