@@ -72,7 +72,10 @@ class KFAC(FisherOptimizer):
             each called once in a forward pass) for eigendecompositions at each refresh and about
             three times the products a step. Unlike the other inputs' the variance of the constant
             one is not damped, but its correlation with that of the next layer is.
-        damping: lambda >= 0, in units of the loss's curvature.
+        damping: lambda >= 0, in units of the loss's curvature. A classifier that fits its data
+            has next to none; then relative_damping is next to nothing too, sampled targets no
+            longer show what is left, and training that has converged may blow up: use 1e-3,
+            factors="gauss_newton" and a smaller lr, like 0.1.
         relative_damping: delta >= 0, relative to the mean curvature of the layer.
         momentum: of the preconditioned updates, in [0, 1]; early steps overshoot with it.
         nesterov: take the look-ahead form of momentum.
