@@ -1,4 +1,4 @@
-"""Rerun all that README cites but the results of a GPU: hours on two cores.
+"""Rerun all that README cites but what is of a GPU or of an earlier search: hours on two cores.
 
     python -m bench.everything --out results
 
@@ -97,13 +97,6 @@ STAGES = (
         "digits_tridiagonal",
         "digits",
         "--optimizers kfac,kfac_tridiagonal --updates 300 --threads 1",
-    ),
-    _train("digits_ubp", "digits", "--optimizers sgd,ubp --updates 1000"),
-    _train(
-        "digits_classifier",
-        "digits_classifier",
-        "--optimizers sgd_plain,ubp_plain,sgd,ubp --updates 300 --seeds 5 --batch-size 128 "
-        "--threads 1",
     ),
     Stage("-m bench.order --out {out}"),
     Stage("-m bench.search_experiment --out {out}"),
