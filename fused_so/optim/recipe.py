@@ -69,10 +69,15 @@ class PaperRecipe:
             handle.remove()
 
     def check(self) -> None:
-        """Raises if there are several param groups, or parameters of half precision."""
+        """Raises if there are several param groups, parameters of half precision, or no damping."""
         groups = self._optimizer.param_groups
         if len(groups) > 1:
             raise ValueError("params must be one group for recipe='paper', got several")
+        if not groups[0]["damping"]:
+            raise ValueError(
+                "damping must be positive for recipe='paper', which multiplies it to adapt it, "
+                "got 0"
+            )
         for param in groups[0]["params"]:
             # The strong damping of the beginning makes steps of less than half an ulp.
             if param.dtype not in (torch.float32, torch.float64):
@@ -112,6 +117,8 @@ class PaperRecipe:
                 "step(closure), where closure clears the gradients, computes the loss, calls "
                 "backward and returns the loss"
             )
+        if all(param.grad is None for param in group["params"]):
+            raise ValueError("recipe='paper' needs gradients: closure must call backward")
         if self._call is None:
             raise ValueError(
                 "recipe='paper' needs the outputs of the model: closure must call the model that "

@@ -5,7 +5,6 @@ pieces, for more programs than the result has tiles; their partial products are 
 afterwards, so a result is the same in every run.
 """
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
@@ -83,26 +82,22 @@ MORE_CONFIGS = {
 MORE_CONFIGS[torch.bfloat16] = MORE_CONFIGS[torch.float16]
 
 
-def plan(
-    m: int, n: int, k: int, dtype: torch.dtype, *, splittable: bool = True, layers: int = 1
-) -> Plan:
+def plan(m: int, n: int, k: int, dtype: torch.dtype, *, splittable: bool = True) -> Plan:
     """The largest tile that leaves few processors idle, and the fewest pieces that do the same.
 
-    `layers` is how many products of this size one launch makes."""
+    It does not matter how many products one launch makes: none may depend on its neighbors."""
     most = max(1, k // MIN_DEPTH) if splittable else 1
     for config in CONFIGS[dtype]:
-        if layers * _tiles(config, m, n) * most >= ENOUGH_PROGRAMS:
+        if _tiles(config, m, n) * most >= ENOUGH_PROGRAMS:
             break
-    return plan_with(config, m, n, k, splittable=splittable, layers=layers)
+    return plan_with(config, m, n, k, splittable=splittable)
 
 
-def plan_with(
-    config: Config, m: int, n: int, k: int, *, splittable: bool = True, layers: int = 1
-) -> Plan:
+def plan_with(config: Config, m: int, n: int, k: int, *, splittable: bool = True) -> Plan:
     """The fewest pieces that leave few processors idle with this tile."""
     tiles = _tiles(config, m, n)
     most = max(1, k // MIN_DEPTH) if splittable else 1
-    depth = triton.cdiv(k, min(most, triton.cdiv(ENOUGH_PROGRAMS, layers * tiles)))
+    depth = triton.cdiv(k, min(most, triton.cdiv(ENOUGH_PROGRAMS, tiles)))
     depth = max(1, triton.cdiv(depth, config.block_k)) * config.block_k
     return Plan(config, tiles, max(1, triton.cdiv(k, depth)), depth)
 
@@ -122,23 +117,21 @@ def launch_planned(
     dtype: torch.dtype,
     *variant: bool,
     splittable: bool = True,
-    layers: int = 1,
 ) -> T:
     """launch(plan), which changes nothing but what it returns, with the tile there is to use.
 
     dtype is that of B; `variant` is what else may make another tile the fastest."""
-    planning = functools.partial(plan_with, splittable=splittable, layers=layers)
-    planned = plan(m, n, k, dtype, splittable=splittable, layers=layers)
+    planned = plan(m, n, k, dtype, splittable=splittable)
     config = fastest(
         (kernel, x.dtype, dtype, *variant, splittable),
-        (m, n, k, layers),
+        (m, n, k),
         planned.config,
         (*CONFIGS[dtype], *MORE_CONFIGS[dtype]),
-        lambda config: launch(planning(config, m, n, k)),
+        lambda config: launch(plan_with(config, m, n, k, splittable=splittable)),
         x.device,
     )
     if config != planned.config:
-        planned = planning(config, m, n, k)
+        planned = plan_with(config, m, n, k, splittable=splittable)
     return launch(planned)
 
 

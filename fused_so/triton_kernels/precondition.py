@@ -95,11 +95,14 @@ def _steps(layers: list[tuple], alphas: torch.Tensor | None) -> list[tuple]:
             bias = [b.contiguous() for b in gb]
             source = _multiply(*flipped, mean, bias, transposed=True)
         corrected = True
+    # The addresses of many layers take registers, of which float64 leaves too few.
+    few = len(layers) > 1 and dw[0].dtype == torch.float64
+    columns = FINISH_COLUMNS // 2 if few else FINISH_COLUMNS
     _finish_rows[(triton.cdiv(out, FINISH_ROWS), len(layers))](
         addresses(source), *source[0].stride(), len(source[0]), addresses(gb), *gb[0].stride(),
         addresses(mean), *mean[0].stride(), addresses(go), *_strides(go[0], 2), alphas,
         addresses(dw), addresses(db), out, width,
-        CORRECTED=corrected, BLOCK_M=FINISH_ROWS, BLOCK_N=FINISH_COLUMNS,
+        CORRECTED=corrected, BLOCK_M=FINISH_ROWS, BLOCK_N=columns,
         WIDTH_N=load_widths(source[0][0])[1],
     )  # fmt: skip
     return list(zip(dw, db, strict=True))
@@ -117,7 +120,7 @@ def _multiply(a, b, u=None, v=None, *, splittable=True, transposed=False):
     launch = functools.partial(_launch, a, b, u or none, v or none, transposed)
     return launch_planned(
         "precondition", launch, a[0], m, n, k, b[0].dtype, corrected, transposed,
-        splittable=splittable, layers=len(a),
+        splittable=splittable,
     )  # fmt: skip
 
 
@@ -125,7 +128,8 @@ def _launch(a, b, u, v, transposed: bool, plan: Plan) -> list[torch.Tensor]:
     (m, k), n = a[0].shape, b[0].shape[1]
     config, tiles, splits, depth = plan
     shape = (splits, n, m) if transposed else (splits, m, n)
-    partials = b[0].new_empty((len(a), *shape)).unbind()
+    # Not parts of one tensor, which would differ in alignment.
+    partials = [b[0].new_empty(shape) for _ in a]
     result = [x.mT if transposed else x for x in partials]
     (width_am, width_ak), (width_bk, width_bn) = load_widths(a[0]), load_widths(b[0])
     width_rm, width_rn = load_widths(result[0][0])
@@ -139,7 +143,7 @@ def _launch(a, b, u, v, transposed: bool, plan: Plan) -> list[torch.Tensor]:
         WIDTH_RM=width_rm, WIDTH_RN=width_rn,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    return list(partials)
+    return partials
 
 
 @triton.jit

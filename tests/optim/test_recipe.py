@@ -311,8 +311,13 @@ def test_what_the_recipe_needs_is_said():
     groups = [{"params": model[0].parameters()}, {"params": model[2].parameters()}]
     with pytest.raises(ValueError, match="params must be one group for recipe='paper'"):
         paper(model, params=groups)
+    with pytest.raises(ValueError, match="damping must be positive for recipe='paper'.* got 0"):
+        paper(model, damping=0.0)
+    assert not model._forward_hooks
     opt = paper(model)
     before = parameters(model)
+    with pytest.raises(ValueError, match="needs gradients: closure must call backward"):
+        opt.step(lambda: cross_entropy(model(x), y))
     cross_entropy(model(x), y).backward()
     with pytest.raises(ValueError, match=r"step\(closure\), where closure clears the gradients"):
         opt.step()

@@ -200,7 +200,29 @@ def test_layers_that_are_not_aligned_are_launched_apart(launches):
     assert launches == ([3, 3] if DEVICE == "cpu" else [6])
     for i, dw in enumerate(dws):
         expected, _ = precondition(*(x[i] for x in arguments))
-        torch.testing.assert_close(dw, expected, rtol=1e-5, atol=1e-4)
+        assert torch.equal(dw, expected)
+
+
+@pytest.mark.parametrize("sides", SIDES)
+def test_a_layer_does_not_depend_on_those_it_is_launched_with(sides, monkeypatch):
+    """Nor are some of a launch aligned where others are not: Triton would compile once more."""
+    seen, addresses = [], kernels.addresses
+    monkeypatch.setattr(kernels, "addresses", lambda x: seen.append(x) or addresses(x))
+    out, width = 25, 701  # sums long enough to be split, results of no multiple of 16 bytes
+
+    def layers(*shape):
+        return [torch.randn(*shape, device=DEVICE) for _ in range(5)]
+
+    grads, biases, means = layers(out, width), layers(out), layers(width)
+    inverses = layers(width, width) if sides in ("input", "both") else None
+    outputs = layers(out, out) if sides in ("output", "both") else None
+    dws, dbs = precondition_list(grads, biases, means, inverses, output_inverse=outputs)
+    for group in seen:
+        assert len({x is None or x.data_ptr() % 16 == 0 for x in group}) == 1
+    for i, got in enumerate(zip(dws, dbs, strict=True)):
+        a, go = (None if x is None else x[i] for x in (inverses, outputs))
+        expected = precondition(grads[i], biases[i], means[i], a, output_inverse=go)
+        assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
 
 
 def test_a_layer_at_work_for_longer_than_its_launch_is_launched_alone(launches, monkeypatch):
