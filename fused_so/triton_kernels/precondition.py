@@ -97,7 +97,7 @@ def _steps(layers: list[tuple], alphas: torch.Tensor | None) -> list[tuple]:
         corrected = True
     # The addresses of many layers take registers, of which float64 leaves too few.
     few = len(layers) > 1 and dw[0].dtype == torch.float64
-    columns = FINISH_COLUMNS // 2 if few else FINISH_COLUMNS
+    columns = FINISH_COLUMNS // 4 if few else FINISH_COLUMNS
     _finish_rows[(triton.cdiv(out, FINISH_ROWS), len(layers))](
         addresses(source), *source[0].stride(), len(source[0]), addresses(gb), *gb[0].stride(),
         addresses(mean), *mean[0].stride(), addresses(go), *_strides(go[0], 2), alphas,
