@@ -59,7 +59,7 @@ def precondition(
             grad_weight, grad_bias, mean, input_inverse, output_inverse, alpha
         )
     _check_layer("", grad_weight, grad_bias, mean, input_inverse, output_inverse)
-    _check_alpha("alpha", alpha, grad_weight)
+    _check_alpha("alpha", alpha, "grad_weight", grad_weight)
     return _precondition(
         grad_weight,
         grad_bias,
@@ -92,7 +92,8 @@ def _precondition_lists(grad_weight, grad_bias, mean, input_inverse, output_inve
             if name in lists:  # where None is no tensor
                 _check.floating(f"{name}[{i}]", entry)
         _check_layer(f"[{i}]", *layer)
-        _check_alpha("alpha" if one_alpha else f"alpha[{i}]", alphas[i], layer[0])
+        name = "alpha" if one_alpha else f"alpha[{i}]"
+        _check_alpha(name, alphas[i], f"grad_weight[{i}]", layer[0])
     if not all(map(_is_one, alphas)):
         lists["alpha"] = _alpha_tensors(alphas, lists["mean"])
 
@@ -123,9 +124,9 @@ def _check_layer(at, grad_weight, grad_bias, mean, input_inverse, output_inverse
         _check_statistic(name, value, expected, weight_name, grad_weight)
 
 
-def _check_alpha(name, alpha, grad_weight):
+def _check_alpha(name, alpha, weight_name, grad_weight):
     if isinstance(alpha, Tensor):
-        _check_statistic(name, alpha, (), "grad_weight", grad_weight)
+        _check_statistic(name, alpha, (), weight_name, grad_weight)
         return
     _check.within(name, alpha, 0.0, math.inf)
     if alpha == 0:
