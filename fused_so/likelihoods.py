@@ -116,6 +116,20 @@ class Likelihood(ABC):
         x = self._checked(outputs, targets, required=True)
         return self._weight(x, targets) * self._score(x, targets)
 
+    def value_from_score(self, outputs: Tensor, score: Tensor) -> Tensor:
+        """L, from its gradient with respect to the outputs in place of the targets.
+
+        The sum for the reduction "none". `Categorical` needs no N: of terms that are ignored or
+        weighted by a factor, the gradient is so too.
+
+        Args:
+            outputs: as for `value`.
+            score: in the shape of the outputs, as `score` returns it.
+        """
+        x = self._checked(outputs, None)
+        _check_like("score", score, outputs)
+        return self._value_from_score(x, score.to(x.dtype))
+
     def sample(
         self,
         outputs: Tensor,
@@ -258,6 +272,9 @@ class Likelihood(ABC):
     def _score(self, x: Tensor, targets: Tensor) -> Tensor: ...
 
     @abstractmethod
+    def _value_from_score(self, x: Tensor, score: Tensor) -> Tensor: ...
+
+    @abstractmethod
     def _sample(
         self, x: Tensor, targets: Tensor | None, generator: torch.Generator | None
     ) -> Tensor: ...
@@ -315,6 +332,11 @@ class Gaussian(Likelihood):
         # (f - y) / sigma^2
         return self._precision * (x - targets.to(x.dtype))
 
+    def _value_from_score(self, x: Tensor, score: Tensor) -> Tensor:
+        # g = (f - y) / (sigma^2 N), so that L = sigma^2 N |g|^2 / 2
+        n = max(self._normalizer(x, None), 1)
+        return 0.5 * n / self._precision * score.square().sum()
+
     def _sample(
         self, x: Tensor, targets: Tensor | None, generator: torch.Generator | None
     ) -> Tensor:
@@ -355,6 +377,12 @@ class Bernoulli(Likelihood):
     def _score(self, x: Tensor, targets: Tensor) -> Tensor:
         # p - y
         return x.sigmoid() - targets.to(x.dtype)
+
+    def _value_from_score(self, x: Tensor, score: Tensor) -> Tensor:
+        # y = p - N g
+        n = max(self._normalizer(x, None), 1)
+        targets = (x.sigmoid() - n * score).clamp(0, 1)
+        return F.binary_cross_entropy_with_logits(x, targets, reduction="sum") / n
 
     def _sample(
         self, x: Tensor, targets: Tensor | None, generator: torch.Generator | None
@@ -450,6 +478,13 @@ class Categorical(Likelihood):
         dim = _class_dim(x)
         index = torch.where(targets == self.ignore_index, 0, targets).unsqueeze(dim)
         return x.softmax(dim).scatter_add(dim, index, -torch.ones_like(index, dtype=x.dtype))
+
+    def _value_from_score(self, x: Tensor, score: Tensor) -> Tensor:
+        # Of a row g = w (p - e_y) only entry y is negative, so that w l = -g_y log p_y / (p_y - 1).
+        dim = _class_dim(x)
+        least, target = score.min(dim, keepdim=True)
+        log_p = x.log_softmax(dim).gather(dim, target)
+        return (-least * torch.where(log_p < 0, log_p / log_p.expm1(), 1.0)).sum()
 
     def _sample(
         self, x: Tensor, targets: Tensor | None, generator: torch.Generator | None

@@ -249,6 +249,58 @@ def test_tables_on_probabilities_become_these_on_logits():
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_the_score_tells_the_value(case, reduction):
+    likelihood = replace(case.likelihood, reduction=reduction)
+    score = likelihood.score(case.outputs, case.targets)
+    value = case.loss(case.outputs, case.targets, "sum" if reduction == "none" else reduction)
+    close(likelihood.value_from_score(case.outputs, score), value)
+
+
+def test_the_score_tells_the_value_for_targets_between_0_and_1():
+    f, y = draw(6, 4), draw(6, 4).sigmoid()
+    score = Bernoulli().score(f, y)
+    close(
+        Bernoulli().value_from_score(f, score),
+        F.binary_cross_entropy_with_logits(f, y),
+    )
+
+
+def test_a_score_of_no_probability_counts_as_that_of_0_or_1():
+    f = draw(6, 4)
+    y = (draw(4, 6).reshape(6, 4) > 0).double()
+    score = 1024 * Bernoulli().score(f, y)
+    close(Bernoulli().value_from_score(f, score), F.binary_cross_entropy_with_logits(f, y))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_score_tells_the_value_of_weighted_classes(reduction):
+    f, y = draw(7, 3).requires_grad_(), classes((7,), 3)
+    weight = torch.tensor([0.2, 1.0, 5.0], dtype=f.dtype)
+    loss = F.cross_entropy(f, y, weight=weight, reduction=reduction)
+    (score,) = torch.autograd.grad(loss, f)
+    close(Categorical().value_from_score(f.detach(), score), loss.detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_score_tells_the_value_where_the_fit_is_perfect(dtype):
+    f = 100 * torch.eye(3, dtype=dtype)
+    for likelihood in (Categorical(), Bernoulli(), Gaussian()):
+        value = likelihood.value_from_score(f, torch.zeros_like(f))
+        assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        # Bernoulli: zeros are as likely as ones where the logit is 0
+        assert value == (pytest.approx(math.log(2) * 6 / 9) if likelihood == Bernoulli() else 0)
+
+
+def test_the_value_of_a_nearly_perfect_fit_keeps_its_digits():
+    f = torch.tensor([[0.0, -30.0], [-35.0, 0.0]], dtype=torch.float64)
+    targets = torch.tensor([0, 1])
+    value = F.cross_entropy(f, targets)
+    found = Categorical().value_from_score(f, Categorical().score(f, targets))
+    # p - 1 has some digits left: p is 1e-13 below 1.
+    torch.testing.assert_close(found, value, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_root_and_its_transpose(case, reduction):
     likelihood = replace(case.likelihood, reduction=reduction)
     s = root(likelihood, case)

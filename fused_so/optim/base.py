@@ -15,6 +15,8 @@ from fused_so._dtypes import accumulate, accumulate_dtype
 from fused_so.ops import _check
 from fused_so.optim.readback import Readback
 
+_TINY = torch.finfo(torch.float64).tiny
+
 
 class Update(NamedTuple):
     """A parameter's step Delta = F^-1 g before lr and bound, the scale alpha of F, and g."""
@@ -141,11 +143,13 @@ class ModelOptimizer(torch.optim.Optimizer):
         group: dict[str, Any],
         kinds: list[list[Update]],
         squares: list[Tensor | None] | None = None,
+        decreases: list[Tensor | None] | None = None,
     ) -> list[Tensor]:
         """The factors that keep the norms of the updates, one kind at a time, below max_norm.
 
         All are 0, which skips the step, if any gradient of the group is not finite. `squares` are
-        the squared norms, where they are known.
+        the squared norms, where they are known, and `decreases` the most, where there is a limit,
+        by which the updates may lower the loss as its gradient predicts, in units of the squares.
         """
         if not kinds:
             return []
@@ -156,11 +160,14 @@ class ModelOptimizer(torch.optim.Optimizer):
         finite = torch.isfinite(sum(square.to(squares[0].device) for square in squares))
         self._readback.watch(finite, self._warn_unless_finite)
         factors = []
-        for square in squares:
+        for square, decrease in zip(squares, decreases or [None] * len(kinds), strict=True):
             factor = torch.ones_like(square)
             if group["max_norm"] is not None:
                 # nu = min(1, max_norm / norm); rounding may leave 0 below zero
                 factor = (group["max_norm"] / square.clamp(min=0.0).sqrt()).clamp(max=1.0)
+            if decrease is not None:
+                # nu Delta^T g / alpha <= decrease
+                factor = torch.fmin(factor, decrease.to(square) / square.clamp(min=_TINY))
             factors.append(torch.where(finite.to(square.device), factor, 0.0))
         self._bounded.extend(zip(squares, factors, strict=True))
         return factors

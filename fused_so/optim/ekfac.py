@@ -33,7 +33,8 @@ class EKFAC(FisherOptimizer):
 
     Args:
         model, lr, likelihood, momentum, nesterov, weight_decay, statistics_every,
-            drift_tolerance, decay, max_norm, warmup, grad_scaler, params: as for `KFAC`.
+            drift_tolerance, decay, max_norm, max_decrease, warmup, grad_scaler, params: as for
+            `KFAC`.
         factors: as for `KFAC`, of C and G and of S.
         damping: lambda >= 0, in units of the loss's curvature; weight_decay is added to it.
         relative_damping: delta >= 0, relative to the mean of S over the layer.
@@ -66,6 +67,7 @@ class EKFAC(FisherOptimizer):
         drift_tolerance: float = 0.4,
         decay: float = 0.8,
         max_norm: float | None = 1.0,
+        max_decrease: float | None = 2.0,
         warmup: float = 32,
         grad_scaler: torch.amp.GradScaler | None = None,
         params: Iterable | None = None,
@@ -83,6 +85,7 @@ class EKFAC(FisherOptimizer):
             "drift_tolerance": drift_tolerance,
             "decay": decay,
             "max_norm": max_norm,
+            "max_decrease": max_decrease,
             "warmup": warmup,
         }
         super().__init__(

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from fused_so._dtypes import accumulate
 from fused_so.likelihoods import Likelihood, likelihood_of
-from fused_so.optim.base import check_choice, check_grad_scaler, loss_scale
+from fused_so.optim.base import check_choice, check_grad_scaler, check_number, loss_scale
+from fused_so.optim.batch_loss import BatchLoss
 from fused_so.optim.factors import Factor
 from fused_so.optim.kronecker import KroneckerOptimizer
 from fused_so.optim.layers import Layer
@@ -32,7 +33,8 @@ class FisherOptimizer(KroneckerOptimizer):
         likelihood: that of the loss, or one of the nn losses that `likelihood_of` knows; None
             leaves the gradients of the user's own backward pass, of a mean over rows.
         factors: one of FACTORS; by default "sampled" with a likelihood, else "empirical".
-        grad_scaler: the torch.amp.GradScaler in use, if any; only "empirical" depends on it.
+        grad_scaler: the torch.amp.GradScaler in use, if any; only "empirical" and the bound
+            by the loss depend on it.
     """
 
     sides = ("input", "output")
@@ -60,11 +62,20 @@ class FisherOptimizer(KroneckerOptimizer):
         check_grad_scaler(grad_scaler)
         self._likelihood, self._factors, self._grad_scaler = likelihood, factors, grad_scaler
         self._passes: OutputPasses | None = None
+        self._batch_loss: BatchLoss | None = None
         super().__init__(model, defaults, params)
         if factors != "empirical":
             self._passes = OutputPasses(
                 self._model, likelihood, factors, self._captures, self._wants_passes
             )
+        if likelihood is not None:
+            # After the passes, whose own gradients at the outputs are none of the loss.
+            self._batch_loss = BatchLoss(self._model, likelihood)
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        super().check_group(group)
+        if group["max_decrease"] is not None:
+            check_number("max_decrease", group["max_decrease"], 0.0, positive=True)
 
     def _choices(self) -> dict[str, Any]:
         return {**super()._choices(), "factors": self._factors}
@@ -138,6 +149,21 @@ class FisherOptimizer(KroneckerOptimizer):
         # F is that of the loss; the bound is on twice the divergence an example, N / n of it.
         return layer.state["scale"]
 
+    def largest_decrease(self, group: dict[str, Any]) -> Tensor | None:
+        """max_decrease times the batch's objective, loss + eta / 2 |theta|^2, over alpha."""
+        if self._batch_loss is None or group["max_decrease"] is None:
+            return None
+        layers = [layer for layer in self._layers if layer.group is group and layer.inverted]
+        device = layers[0].module.weight.device
+        objective = self._batch_loss.value(loss_scale(self._grad_scaler, device))
+        if objective is None:
+            return None
+        if group["weight_decay"]:
+            params = [p for layer in layers for p in (layer.module.weight, layer.bias)]
+            squares = [accumulate(p).square().sum().to(device) for p in params if p is not None]
+            objective = objective + group["weight_decay"] / 2 * sum(squares)
+        return group["max_decrease"] / self.curvature_scale(layers[0]) * objective
+
     def mean_variances(self, layer: Layer) -> tuple[Tensor, Tensor]:
         """tr C / in and tr G / out, both positive.
 
@@ -149,7 +175,13 @@ class FisherOptimizer(KroneckerOptimizer):
             c = torch.maximum(c, _LEAST_VARIANCE * layer.state["mean"].square().mean())
         return tuple(torch.where(m > 0, m, torch.finfo(m.dtype).tiny ** 0.5) for m in (c, k))
 
+    def _forget_batch(self) -> None:
+        super()._forget_batch()
+        if self._batch_loss is not None:
+            self._batch_loss.forget()
+
     def remove_hooks(self) -> None:
         super().remove_hooks()
-        if self._passes is not None:
-            self._passes.remove()
+        for hooks in (self._passes, self._batch_loss):
+            if hooks is not None:
+                hooks.remove()

@@ -72,10 +72,7 @@ class KFAC(FisherOptimizer):
             each called once in a forward pass) for eigendecompositions at each refresh and about
             three times the products a step. Unlike the other inputs' the variance of the constant
             one is not damped, but its correlation with that of the next layer is.
-        damping: lambda >= 0, in units of the loss's curvature. A classifier that fits its data
-            has next to none; then relative_damping is next to nothing too, sampled targets no
-            longer show what is left, and training that has converged may blow up: use 1e-3,
-            factors="gauss_newton" and a smaller lr, like 0.1.
+        damping: lambda >= 0, in units of the loss's curvature.
         relative_damping: delta >= 0, relative to the mean curvature of the layer.
         momentum: of the preconditioned updates, in [0, 1]; early steps overshoot with it.
         nesterov: take the look-ahead form of momentum.
@@ -87,16 +84,24 @@ class KFAC(FisherOptimizer):
             (a "KL clip"): its square is twice the divergence, in nats an example, by which the
             update changes the model's distribution, to second order and as the factors have it;
             in a deep network it may really change it by much more. None for no bound.
+        max_decrease: an upper bound for the decrease of the loss that an update predicts, before
+            lr: its product with the gradient, in multiples of the loss of the batch; Newton's
+            step on a quadratic loss of minimum 0 has 2. It takes over where the curvature, and
+            with it max_norm, vanishes, as where a classifier fits its data. The loss (with
+            weight_decay the objective) is read off the gradients at the outputs of the model, and
+            taken to be that of the likelihood: where it has other terms, updates are too short
+            once the rest is fit. Without a likelihood, or with None, there is no such bound.
         warmup: the number of first steps over which updates grow from a fifth to their full
             length; 0 for none.
         recipe: None, or "paper" for the whole of Martens and Grosse 2015 (sections 6 and 7 of the
             long version), which needs `step(closure)` and a likelihood: lambda and the factors'
             damping are adapted, step size and momentum come from the exact Fisher's quadratic
-            model on the batch; momentum, nesterov, max_norm and warmup are ignored. At times the
-            closure is called again, and must compute the loss of the same batch. The model must
-            have forward-mode derivatives, and parameters in float32 or float64. The options whose
-            default is None have one that depends on the recipe.
-        grad_scaler: the torch.amp.GradScaler in use, if any; only "empirical" depends on it.
+            model on the batch; momentum, nesterov, max_norm, max_decrease and warmup are ignored.
+            At times the closure is called again, and must compute the loss of the same batch. The
+            model must have forward-mode derivatives, and parameters in float32 or float64. The
+            options whose default is None have one that depends on the recipe.
+        grad_scaler: the torch.amp.GradScaler in use, if any; "empirical" and max_decrease depend
+            on it.
         params: parameters or param groups, as for `ACP`; recipe="paper" takes one group.
 
     Raises:
@@ -104,6 +109,9 @@ class KFAC(FisherOptimizer):
             layer whose weight and bias are in different groups; factors without a likelihood.
         RuntimeError: from `step`, if a factor cannot be inverted even with the damping raised a
             thousandfold.
+
+    The step that max_decrease bounds is Polyak's, as bounded by Loizou et al. (2021, SPS_max), in
+    the metric of the factors and with a minimum of 0.
     """
 
     def __init__(
@@ -124,6 +132,7 @@ class KFAC(FisherOptimizer):
         drift_tolerance: float = 0.4,
         decay: float | None = None,
         max_norm: float | None = 1.0,
+        max_decrease: float | None = 2.0,
         warmup: float | None = None,
         recipe: str | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
@@ -144,6 +153,7 @@ class KFAC(FisherOptimizer):
             "drift_tolerance": drift_tolerance,
             "decay": decay,
             "max_norm": max_norm,
+            "max_decrease": max_decrease,
             "warmup": warmup,
             "gamma": None,
         }

@@ -61,6 +61,10 @@ class KroneckerOptimizer(FactorOptimizer):
         """alpha in the layer's metric F = alpha A (x) G, by which the bound's norm is divided."""
         return 1.0
 
+    def largest_decrease(self, group: dict[str, Any]) -> Tensor | None:
+        """The most by which a group's update may lower the loss, over alpha, or None."""
+        return None
+
     def gradients(self, layer: Layer) -> tuple[Tensor, Tensor]:
         """The gradients of weight and bias that are preconditioned."""
         grad_weight, grad_bias = layer.gradients()
@@ -128,7 +132,8 @@ class KroneckerOptimizer(FactorOptimizer):
         self.refresh([layer for layer in self._layers if layer.module.weight.grad is not None])
         for group in self.param_groups:
             kinds = self._updates(group)
-            bounds = self._bounds(group, list(kinds.values()))
+            decreases = [self.largest_decrease(group) if k == "layers" else None for k in kinds]
+            bounds = self._bounds(group, list(kinds.values()), decreases=decreases)
             for (kind, updates), bound in zip(kinds.items(), bounds, strict=True):
                 self._take(group, kind, updates, bound)
 
@@ -234,9 +239,10 @@ class KroneckerOptimizer(FactorOptimizer):
 
         Returns:
             "steps"; "norm", those of the last updates in their metrics, group by group, of
-            layers and then of other parameters; "bound", the factors that max_norm multiplied
-            them by; and for each layer "refreshes" of its inverses, and for each side its
-            "damping" and "condition", the condition number of the damped factor as it is now.
+            layers and then of other parameters; "bound", the factors that max_norm (and
+            max_decrease) multiplied them by; and for each layer "refreshes" of its inverses, and
+            for each side its "damping" and "condition", the condition number of the damped factor
+            as it is now.
         """
         return {
             "steps": self._steps,

@@ -153,6 +153,7 @@ def bare(**options):
         "momentum": 0.0,
         "nesterov": False,
         "max_norm": None,
+        "max_decrease": None,
         "damping": 0.0,
         "relative_damping": 0.0,
         "warmup": 0,

@@ -565,6 +565,8 @@ FISHER = [
     ({"drift_tolerance": 0.0}, ValueError, "drift_tolerance must be positive, got 0"),
     ({"max_norm": 0}, ValueError, "max_norm must be positive, got 0"),
     ({"warmup": -1}, ValueError, "warmup must be at least 0 and finite, got -1"),
+    ({"max_decrease": 0.0}, ValueError, "max_decrease must be positive, got 0"),
+    ({"max_decrease": -1}, ValueError, "max_decrease must be at least 0 and finite, got -1"),
 ]
 OWN = {
     fused_so.KFAC: [
@@ -573,7 +575,7 @@ OWN = {
     ],
     fused_so.EKFAC: [({"diagonal_every": 0}, ValueError, "diagonal_every must .* >= 1, got 0")],
 }
-OF_THE_FISHER = ("likelihood", "factors", "grad_scaler")
+OF_THE_FISHER = ("likelihood", "factors", "grad_scaler", "max_decrease")
 CASES = [(method, *case) for method, own in OWN.items() for case in FISHER + own] + [
     (fused_so.NNN, *case) for case in FISHER if next(iter(case[0])) not in OF_THE_FISHER
 ]

@@ -188,8 +188,8 @@ def test_the_tolerance_is_the_limit(share):
 def test_a_stale_inverse_stays_in_use():
     model = nn.Linear(5, 3, dtype=DOUBLE)
     opt = METHODS["KFAC"](
-        model, lr=0.5, momentum=0.0, nesterov=False, max_norm=None, inverse_every="auto",
-        statistics_every=1, drift_tolerance=1e3, warmup=0,
+        model, lr=0.5, momentum=0.0, nesterov=False, max_norm=None, max_decrease=None,
+        inverse_every="auto", statistics_every=1, drift_tolerance=1e3, warmup=0,
     )  # fmt: skip
     step(model, opt, torch.randn(30, 5, dtype=DOUBLE))
     state = opt.state[model.weight]
@@ -207,9 +207,12 @@ def test_a_stale_inverse_stays_in_use():
 @pytest.mark.parametrize("method", METHODS)
 def test_diagnostics_are_the_dense_numbers(method, max_norm):
     model = chain(6, 5, 4)
+    options = {} if method == "ACP" else {"warmup": 0}
+    if method in ("KFAC", "EKFAC"):
+        options["max_decrease"] = None
     opt = METHODS[method](
         model, lr=1.0, momentum=0.0, nesterov=False, max_norm=max_norm, damping=1e-3,
-        relative_damping=0.01, **({} if method == "ACP" else {"warmup": 0}),
+        relative_damping=0.01, **options,
     )  # fmt: skip
     layers = {"0": {"refreshes": 0}, "2": {"refreshes": 0}}
     assert opt.diagnostics() == {"steps": 0, "norm": [], "bound": [], "layers": layers}

@@ -1,0 +1,172 @@
+"""The loss that the gradients at the outputs tell of, and the bound on steps that it makes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fused_so
+from fused_so.optim.batch_loss import BatchLoss
+from tests.optim.nets import DOUBLE, LIKELIHOODS, bare, chain, loss_of, parameters, targets
+
+KINDS = tuple(LIKELIHOODS)
+METHODS = {"KFAC": fused_so.KFAC, "EKFAC": fused_so.EKFAC}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "batchmean", "sum"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loss_is_found(kind, reduction):
+    model = chain(4, 5, 3)
+    watch = BatchLoss(model, LIKELIHOODS[kind](reduction))
+    assert watch.value() is None
+    x, y = torch.randn(7, 4, dtype=DOUBLE), targets(kind, 7, 3)
+    loss = loss_of(kind, model(x), y, reduction)
+    assert watch.value() is None
+    loss.backward()
+    torch.testing.assert_close(watch.value(), loss.detach())
+    watch.forget()
+    assert watch.value() is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_accumulated_batches_count_as_their_mean(kind):
+    model = chain(4, 5, 3)
+    watch = BatchLoss(model, LIKELIHOODS[kind]("mean"))
+    losses = []
+    for n in (7, 7, 5):
+        x, y = torch.randn(n, 4, dtype=DOUBLE), targets(kind, n, 3)
+        losses.append(loss_of(kind, model(x), y))
+        (losses[-1] / 3).backward()
+    torch.testing.assert_close(watch.value(), sum(losses).detach() / 3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_scaled_loss_is_found_from_its_scale(kind):
+    model = chain(4, 5, 3)
+    watch = BatchLoss(model, LIKELIHOODS[kind]("mean"))
+    x, y = torch.randn(7, 4, dtype=DOUBLE), targets(kind, 7, 3)
+    loss = loss_of(kind, model(x), y)
+    (1024 * loss).backward()
+    torch.testing.assert_close(watch.value(torch.tensor(1024.0)), loss.detach())
+
+
+def test_outputs_that_tell_nothing_are_passed_over():
+    model = chain(4, 5, 3)
+    watch = BatchLoss(model, fused_so.Gaussian())
+    x = torch.randn(7, 4, dtype=DOUBLE)
+    with torch.no_grad():
+        model(x)
+    outputs = model(x)
+    outputs.mul_(2)  # written over: what the gradient belongs to is gone
+    outputs.sum().backward()
+    model(x[:0]).sum().backward()
+    assert watch.value() is None
+    watch.remove()
+    model(x).sum().backward()
+    assert watch.value() is None
+
+
+# The bound.
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+@pytest.mark.parametrize("reduction", ["mean", "batchmean", "sum"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", METHODS)
+def test_no_update_predicts_a_larger_decrease(method, kind, reduction, weight_decay):
+    model = chain(4, 5, 3)
+    share = 1e-3
+    opt = METHODS[method](
+        model, likelihood=LIKELIHOODS[kind](reduction), weight_decay=weight_decay,
+        **bare(damping=1e-2, max_decrease=share),
+    )  # fmt: skip
+    x, y = torch.randn(30, 4, dtype=DOUBLE), targets(kind, 30, 3)
+    loss = loss_of(kind, model(x), y, reduction)
+    loss.backward()
+    before = parameters(model)
+    opt.step()
+    decrease = sum(
+        ((old - new.detach()) * (new.grad + weight_decay * old)).sum()
+        for old, new in zip(before, model.parameters(), strict=True)
+    )
+    penalty = weight_decay / 2 * sum(old.square().sum() for old in before)
+    torch.testing.assert_close(decrease, share * (loss.detach() + penalty))
+    assert 0 < opt.diagnostics()["bound"][0] < 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_passes_of_the_curvature_are_no_batches_of_the_loss(method):
+    models = [chain(4, 5, 3) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    for model, factors in zip(models, ("exact", "gauss_newton"), strict=True):
+        opt = METHODS[method](model, likelihood=fused_so.Gaussian(), factors=factors)
+        torch.manual_seed(4)
+        x, y = torch.randn(30, 4, dtype=DOUBLE), torch.randn(30, 3, dtype=DOUBLE)
+        loss = F.mse_loss(model(x), y) / 2
+        loss.backward()
+        torch.testing.assert_close(opt._batch_loss.value(), loss.detach())
+        opt.zero_grad()
+        assert opt._batch_loss.value() is None
+
+
+def test_without_a_likelihood_there_is_no_bound():
+    models = [chain(4, 5, 3) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    x, y = torch.randn(30, 4, dtype=DOUBLE), torch.randint(0, 3, (30,))
+    for model, share in zip(models, (None, 1e-9), strict=True):
+        opt = fused_so.KFAC(model, max_decrease=share)
+        F.cross_entropy(model(x), y).backward()
+        opt.step()
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_grad_scaler_changes_nothing():
+    models = [chain(4, 5, 3) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    x, y = torch.randn(30, 4, dtype=DOUBLE), torch.randn(30, 3, dtype=DOUBLE)
+    for model, scale in zip(models, (1.0, 1024.0), strict=True):
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        opt = fused_so.KFAC(
+            model, likelihood=fused_so.Gaussian(), factors="exact", max_decrease=1e-3,
+            grad_scaler=scaler,
+        )  # fmt: skip
+        scaler.scale(F.mse_loss(model(x), y) / 2).backward()
+        scaler.step(opt)
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
+
+
+def test_the_bound_is_no_number_where_the_outputs_are_none():
+    # A loss that leaves a NaN of the outputs alone has finite gradients.
+    model = nn.Sequential(nn.Linear(4, 3, dtype=DOUBLE))
+    opt = fused_so.KFAC(model, likelihood=fused_so.Bernoulli(), factors="empirical")
+    x = torch.randn(30, 4, dtype=DOUBLE)
+    outputs = model(x)
+    outputs.register_hook(lambda g: torch.nan_to_num(g))
+    opt._batch_loss._passes.append((torch.full((2, 3), torch.nan), torch.ones(2, 3)))
+    F.binary_cross_entropy_with_logits(outputs, torch.ones_like(outputs)).backward()
+    opt.step()
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("structure", ["block_diagonal", "block_tridiagonal"])
+def test_a_classifier_that_fits_its_data_stays_fit(structure):
+    # Its curvature vanishes; without max_decrease the loss stays between 5e-3 and 0.2.
+    torch.manual_seed(0)
+    model = chain(10, 20, 20, 4, dtype=torch.float32)
+    x = torch.randn(400, 10)
+    y = chain(10, 30, 4, dtype=torch.float32)(4 * x).argmax(1)
+    opt = fused_so.KFAC(model, likelihood=nn.CrossEntropyLoss(), structure=structure)
+    losses = []
+    for step in range(500):
+        rows = torch.arange(64) + 64 * step
+        opt.zero_grad()
+        F.cross_entropy(model(x[rows % 400]), y[rows % 400]).backward()
+        opt.step()
+        if step >= 400:
+            with torch.no_grad():
+                losses.append(F.cross_entropy(model(x), y).item())
+    assert max(losses) < 2e-3
