@@ -381,7 +381,7 @@ class Bernoulli(Likelihood):
     def _value_from_score(self, x: Tensor, score: Tensor) -> Tensor:
         # y = p - N g
         n = max(self._normalizer(x, None), 1)
-        targets = (x.sigmoid() - n * score).clamp(0, 1)
+        targets = x.sigmoid().sub_(score, alpha=n).clamp_(0, 1)
         return F.binary_cross_entropy_with_logits(x, targets, reduction="sum") / n
 
     def _sample(
