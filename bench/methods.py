@@ -154,12 +154,6 @@ METHODS: dict[str, Method] = {
         lr=_log(3.2e-3, 1),
         relative_damping=_RELATIVE_DAMPING,
     ),
-    # For classifiers that fit their data: see `damping` of KFAC.
-    "kfac_gauss_newton": _method(
-        _fused_so("KFAC", likelihood=True, factors="gauss_newton", damping=1e-3),
-        lr=_log(3.2e-3, 1),
-        relative_damping=_RELATIVE_DAMPING,
-    ),
     # The paper's first lambda, 150, takes a hundred updates to come down here.
     "kfac_paper": _method(
         _fused_so("KFAC", likelihood=True, recipe="paper", damping=1.0), lr=_log(0.1, 1)
