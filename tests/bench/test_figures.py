@@ -82,7 +82,7 @@ def test_the_table_says_what_the_files_say(evidence):
     # At an error of 3 after 3 s, and after 2 s.
     assert untuned == (
         "Seconds of the defaults over those of the tuned setting, to the larger of their two "
-        "final errors: `acp` 1.5."
+        "final errors (or 1e-07, below which is rounding): `acp` 1.5."
     )
 
 
@@ -97,10 +97,20 @@ def changed(evidence, method, role, **changes):
 
 def test_a_setting_is_not_compared_with_itself_or_with_a_diverged_one(evidence):
     assert changed(evidence, "acp", "default", settings={"lr": 0.5})[-1].endswith(
-        "final errors: `acp` the same setting."
+        "below which is rounding): `acp` the same setting."
     )
     settings = {"lr": 1.0}
     assert changed(evidence, "acp", "default", settings=settings, diverged=True) == []
+
+
+def test_errors_below_rounding_count_as_equal(evidence):
+    for role, seconds in (("tuned", [0.0, 1.0, 2.0, 3.0]), ("default", [0.0, 1.0, 3.0, 4.0])):
+        final = 0.0 if role == "tuned" else 1e-9
+        errors = [20, 1, 1e-8, final]
+        curve = {"seconds": seconds, "updates": seconds, "train_error": errors}
+        (*_, line) = changed(evidence, "acp", role, curve=curve)
+    # 3 s to 2 s; to 1e-9 it would be 4 s to 3 s.
+    assert line.endswith("`acp` 1.5.")
 
 
 def test_where_all_diverged_there_is_nothing_to_reach(evidence):
