@@ -136,7 +136,7 @@ _RELATIVE_DAMPING = _log(1e-3, 3.2)
 METHODS: dict[str, Method] = {
     "sgd": _method(_sgd, searched=True, lr=_log(3.2e-4, 3.2e-1)),
     "adam": _method(_adam, searched=True, lr=_log(1e-4, 3.2e-2)),
-    "cgd": _method(_fused_so("CGD"), lr=_log(3.2e-4, 1e-1)),
+    "cgd": _method(_fused_so("CGD"), lr=_log(3.2e-4, 3.2e-1)),
     "nnn": _method(_fused_so("NNN"), lr=_log(3.2e-3, 1), relative_damping=_RELATIVE_DAMPING),
     "ekfac": _method(
         _fused_so("EKFAC", likelihood=True),
@@ -172,7 +172,7 @@ METHODS: dict[str, Method] = {
     # Without momentum, as Algorithm 2 of George 2017; a longer correction does no harm then.
     "sgd_plain": _method(_sgd_plain, searched=True, lr=_log(3.2e-3, 3.2)),
     "ubp_plain": _method(
-        _fused_so("UBP", likelihood=True, momentum=0.0, max_correction=0.5),
+        _fused_so("UBP", likelihood=True, momentum=0.0, max_correction=0.5, max_norm=None),
         searched=True,
         lr=_log(3.2e-3, 3.2),
     ),

@@ -23,12 +23,14 @@ class CGD(KroneckerOptimizer):
     Args:
         model: the module to train. Its nn.Linear layers are centered; every other parameter
             takes momentum SGD, and a warning lists them.
-        lr: the learning rate, >= 0; about that of SGD, often somewhat larger.
+        lr: the learning rate, >= 0; where max_norm does not bind, about that of SGD, often somewhat
+            larger.
         momentum: of the centered gradients, in [0, 1].
         nesterov: take the look-ahead form of momentum.
         weight_decay: >= 0, added to the update times the parameter.
-        max_norm: an upper bound for the norm of a param group's update in its metric; None, the
-            default, for no bound.
+        max_norm: an upper bound for the norm of a param group's update in its metric, the centered
+            gradient's; None for no bound. With it one lr serves losses of different sizes: an
+            update's length is at most lr max_norm while gradients are large.
         params: parameters or param groups; by default all of the model's that require a
             gradient. A group may set any of the options above.
 
@@ -39,12 +41,12 @@ class CGD(KroneckerOptimizer):
     def __init__(
         self,
         model: nn.Module,
-        lr: float = 1e-2,
+        lr: float = 0.1,
         *,
         momentum: float = 0.9,
         nesterov: bool = False,
         weight_decay: float = 0.0,
-        max_norm: float | None = None,
+        max_norm: float | None = 1.0,
         params: Iterable | None = None,
     ):
         options = {

@@ -50,6 +50,7 @@ def damped_step(
     scales: Tensor,
     damping: float,
     relative_damping: float = 0.0,
+    trace: Tensor | None = None,
     mean: Tensor | None = None,
     share: Tensor | None = None,
     waits: bool = True,
@@ -60,7 +61,8 @@ def damped_step(
     Args:
         layers: with n rows each, in the same order; b is their grad_weight and grad_bias.
         scales: (n,), what u_i is times g_i (h_i, 1)^T.
-        damping, relative_damping: lambda = damping + relative_damping tr(C) / n; 1 in place of 0.
+        damping, relative_damping, trace: lambda = damping + relative_damping max(tr(C), trace) / n;
+            1 in place of 0.
         mean: (n,) of unit length, to subtract m m^T with m = U mean from C. If u_i is
             sqrt(kappa_i) times a gradient, with weights kappa_i that sum to 1, and mean
             sqrt(kappa_i), then C is the covariance of the gradients around their weighted mean.
@@ -92,7 +94,8 @@ def damped_step(
     scales = scales.to(gram.dtype)
     gram = gram.mul_(scales[:, None]).mul_(scales)
     energies = gram.diagonal().clone()
-    damped = damping + relative_damping * energies.mean()
+    total = energies.sum() if trace is None else torch.maximum(energies.sum(), trace)
+    damped = damping + relative_damping * total / len(scales)
     # Relative to nothing, damping is nothing; without a curvature the step is the gradient.
     damped = torch.where(damped < torch.finfo(damped.dtype).tiny, 1.0, damped)
     right = pulled(layers, scales) if share is None else share.to(gram.dtype)

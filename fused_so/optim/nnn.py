@@ -64,7 +64,7 @@ class NNN(KroneckerOptimizer):
         lr: float = 0.04,
         *,
         damping: float = 1e-8,
-        relative_damping: float = 0.3,
+        relative_damping: float = 0.1,
         momentum: float = 0.9,
         nesterov: bool = True,
         weight_decay: float = 0.0,

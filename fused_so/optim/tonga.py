@@ -29,11 +29,12 @@ class TONGA(LayerOptimizer):
 
     .. math::
         \Delta = (\lambda I + C)^{-1} \bar g, \qquad C = \frac1n \sum_i g_i g_i^T, \qquad
-        \lambda = \epsilon + \frac\delta{n^2} \sum_i ||g_i||^2
+        \lambda = \epsilon + \frac\delta n \max(s, \bar s), \qquad
+        s = \frac1n \sum_i ||g_i||^2
 
-    with g_i example i's own gradient (that of a mean over examples times n) and their mean. The
-    full matrix costs one (n, n) inner product and Cholesky factorization, and one product more
-    than a gradient has: see `fused_so.optim.gram`.
+    with g_i example i's own gradient (that of a mean over examples times n) and their mean, and
+    s-bar the average of s over past batches. The full matrix costs one (n, n) inner product and
+    Cholesky factorization, and one product more than a gradient has: see `fused_so.optim.gram`.
 
     If `centered`, the mean's own part is subtracted from C. Within one batch that only lengthens
     the step, by n / (lambda sum_i w_i) with w = (lambda I + K / n)^-1 1: the direction is the
@@ -57,9 +58,14 @@ class TONGA(LayerOptimizer):
     Args:
         model: the module to train.
         lr: the learning rate, >= 0.
-        damping: epsilon >= 0, in units of squared gradients of one example.
+        damping: epsilon >= 0, in units of squared gradients of one example. The default is there
+            for gradients that are mere rounding, of a model that fits all its data.
         relative_damping: delta >= 0, relative to the mean of the n eigenvalues that an uncentered
             C can have besides zero. One of the two is positive.
+        damping_decay: what s-bar keeps of itself in a step, in (0, 1); None: s is the batch's
+            alone. Where a model fits most of its data, a batch without one of the few misfit
+            examples has next to no C, and with a damping of its own next to none of that: the
+            longest steps would be those that least is known about.
         centered: use the covariance, or the uncentered second moment.
         decay: what an average over past batches keeps of itself in a step, in (0, 1); None: C is
             the batch's alone.
@@ -93,10 +99,11 @@ class TONGA(LayerOptimizer):
     def __init__(
         self,
         model: nn.Module,
-        lr: float = 0.1,
-        damping: float = 0.0,
+        lr: float = 0.5,
+        damping: float = 1e-8,
         *,
         relative_damping: float = 0.1,
+        damping_decay: float | None = 0.99,
         centered: bool = False,
         decay: float | None = None,
         directions: int = 128,
@@ -109,10 +116,7 @@ class TONGA(LayerOptimizer):
         params: Iterable | None = None,
     ):
         check_choice("loss_reduction", loss_reduction, ("mean", "sum"))
-        if decay is not None:
-            check_number("decay", decay, 0.0, 1.0, positive=True)
-            if decay == 1:
-                raise ValueError("decay must be less than 1, got 1")
+        _check_decay("decay", decay)
         check_count("directions", directions)
         check_grad_scaler(grad_scaler)
         self._decay, self._directions = decay, directions
@@ -121,6 +125,7 @@ class TONGA(LayerOptimizer):
             "lr": lr,
             "damping": damping,
             "relative_damping": relative_damping,
+            "damping_decay": damping_decay,
             "centered": centered,
             "momentum": momentum,
             "nesterov": nesterov,
@@ -135,6 +140,7 @@ class TONGA(LayerOptimizer):
         check_number("relative_damping", group["relative_damping"], 0.0)
         if not group["damping"] and not group["relative_damping"]:
             raise ValueError("damping or relative_damping must be positive, got 0 for both")
+        _check_decay("damping_decay", group["damping_decay"])
         _check.boolean("centered", group["centered"])
 
     def captures(self, layer: Layer) -> bool:
@@ -204,11 +210,14 @@ class TONGA(LayerOptimizer):
             scales=scales,
             damping=group["damping"],
             relative_damping=group["relative_damping"],
+            trace=_trace(states, ones) if group["damping_decay"] else None,
             mean=roots if group["centered"] else None,
             # b = sum_i (c / scales_i) u_i; directions without weight have no part in it
             share=None if c is None else torch.where(shares != 0, shares / scales, 0.0),
             waits=not self._readback.waits_for(ones),
         )
+        if group["damping_decay"]:
+            _average_trace(states, step.energies.sum(), group["damping_decay"])
         if self._decay is not None:
             # The step's number as the seed, so that a resumed run draws the same.
             energies, count = step.energies, self._directions
@@ -222,3 +231,24 @@ class TONGA(LayerOptimizer):
         # Delta^T g / alpha, with Delta and its scale both less by the factor n
         square = None if step.square is None else step.square.double() / summed**2
         return updates, square
+
+
+def _check_decay(name: str, decay: float | None) -> None:
+    if decay is not None:
+        check_number(name, decay, 0.0, 1.0, positive=True)
+        if decay == 1:
+            raise ValueError(f"{name} must be less than 1, got 1")
+
+
+def _trace(states: list[dict[str, Any]], like: Tensor) -> Tensor | None:
+    """The average of s over past batches; the largest, where layers had other company then."""
+    known = [state["trace"].to(like) for state in states if "trace" in state]
+    return torch.stack(known).amax() if known else None
+
+
+def _average_trace(states: list[dict[str, Any]], trace: Tensor, decay: float) -> None:
+    """Adds a batch's s to every layer's average; one that is not finite is forgotten."""
+    for state in states:
+        before = state.get("trace", torch.nan_to_num(trace, 0.0, 0.0))
+        after = torch.lerp(before.to(trace), trace, 1 - decay)
+        state["trace"] = torch.where(torch.isfinite(trace), after, before)

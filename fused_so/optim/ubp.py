@@ -60,7 +60,7 @@ class UBP(ModelOptimizer):
 
     Args:
         model: the chain to train.
-        lr: the learning rate, >= 0; about that of SGD.
+        lr: the learning rate, >= 0; where max_norm does not bind, about that of SGD.
         likelihood: what the loss is: a `fused_so.likelihoods.Likelihood` with the loss's own
             reduction, or the nn loss that has one.
         curvature: "gauss_newton": J^T D J, with J the Jacobian of the outputs and D the
@@ -81,13 +81,16 @@ class UBP(ModelOptimizer):
         momentum: of the updates, in [0, 1].
         nesterov: take the look-ahead form of momentum.
         weight_decay: >= 0, added to the update times the parameter.
+        max_norm: an upper bound > 0 for the norm of a param group's gradient; a longer one is
+            scaled down, and its corrections with it. None for no bound. With it one lr serves
+            losses of different sizes.
         grad_scaler: the torch.amp.GradScaler in use, if any: the signals are seen before they are
             unscaled. Without it corrections are lost.
         params: parameters or param groups of the model; by default all that require a gradient. A
-            group may set lr, max_correction, momentum, nesterov, weight_decay. A layer has one
-            signal and goes by the max_correction of its weight's group, of its bias's only if the
-            weight is not trained. Other parameters stay as they are, and signals pass through
-            them.
+            group may set lr, max_correction, momentum, nesterov, weight_decay, max_norm. A layer
+            has one signal and goes by the max_correction of its weight's group, of its bias's only
+            if the weight is not trained. Other parameters stay as they are, and signals pass
+            through them.
 
     Raises:
         TypeError, ValueError: an option out of its range, or a model that is no chain; also from
@@ -101,7 +104,7 @@ class UBP(ModelOptimizer):
     def __init__(
         self,
         model: nn.Module,
-        lr: float = 1e-2,
+        lr: float = 0.15,
         *,
         likelihood: Likelihood | nn.Module,
         curvature: str = "gauss_newton",
@@ -112,6 +115,7 @@ class UBP(ModelOptimizer):
         momentum: float = 0.9,
         nesterov: bool = True,
         weight_decay: float = 0.0,
+        max_norm: float | None = 1.0,
         grad_scaler: torch.amp.GradScaler | None = None,
         params: Iterable | None = None,
     ):
@@ -139,6 +143,7 @@ class UBP(ModelOptimizer):
             "momentum": momentum,
             "nesterov": nesterov,
             "weight_decay": weight_decay,
+            "max_norm": max_norm,
         }
         super().__init__(model, options, params)
         self._links, last, dropouts = find_chain(model)
@@ -148,9 +153,7 @@ class UBP(ModelOptimizer):
     # Options, and the model.
 
     def check_group(self, group: dict[str, Any]) -> None:
-        check_number("lr", group["lr"], 0.0)
-        check_number("momentum", group["momentum"], 0.0, 1.0)
-        check_number("weight_decay", group["weight_decay"], 0.0)
+        super().check_group(group)
         _check.boolean("nesterov", group["nesterov"])
         if group["max_correction"] is not None:
             check_number("max_correction", group["max_correction"], 0.0, positive=True)
@@ -249,10 +252,16 @@ class UBP(ModelOptimizer):
                 "zero_grad; call step() after loss.backward(), or step(closure) with a closure "
                 "that clears the gradients, computes the loss and calls backward()"
             )
+        bounds = {
+            id(group): self._bounds(group, [self._plain_updates(group)])[0]
+            for group in self.param_groups
+            if any(p.grad is not None for p in group["params"])
+        }
         descent = Descent(
             self._links,
             self._passage,
             groups,
+            lambda p: bounds[id(groups[p])],
             lambda p, delta: change_of(groups[p], self.state.get(p, {}), p, delta),
             at_outputs(
                 self._likelihood,

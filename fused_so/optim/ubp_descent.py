@@ -51,6 +51,7 @@ class Descent:
     Args:
         links, passage: the chain, and what the last backward pass left of it.
         groups: the param group of every trained parameter.
+        bound: what a parameter's gradient and its correction are multiplied by, 0-dim.
         change: what the step will do to a parameter, given its update.
         curvature: H v, layer by layer.
         hessian: whether H needs second derivatives.
@@ -62,13 +63,15 @@ class Descent:
         links: list[Link],
         passage: Passage,
         groups: Mapping[nn.Parameter, dict[str, Any]],
+        bound: Callable[[nn.Parameter], Tensor],
         change: Callable[[nn.Parameter, Tensor], Change],
         curvature: MatrixFree | CarriedRows,
         *,
         hessian: bool,
         unscale: Tensor | None,
     ):
-        self._links, self._passage, self._groups, self._change = links, passage, groups, change
+        self._links, self._passage, self._groups = links, passage, groups
+        self._bound, self._change = bound, change
         self._curvature, self._hessian, self._unscale = curvature, hessian, unscale
         self._share: Tensor | None = None
         self._eps = torch.finfo(passage.outputs.dtype).eps
@@ -104,14 +107,17 @@ class Descent:
         trained = self._trained(link)
         shares = self._measure_shares(trained, weight, h, signal) if trained else ()
 
-        # grad_W = da h^T and grad_b = da, of which p.grad is the plain part
+        # grad_W = da h^T and grad_b = da, of which p.grad is the plain part; times the bound
         changes: dict[nn.Parameter, Change] = {}
         for p, share in zip(trained, shares, strict=True):
-            delta = accumulate(p.grad)
-            if error is not None and p is weight:
-                delta = outer_sum(error * share, h)[0].add_(delta)
-            elif error is not None:
-                delta = delta + error.sum(0) * share
+            grad = accumulate(p.grad)
+            bound = self._bound(p).to(grad.dtype)
+            if error is None:
+                delta = grad * bound
+            elif p is weight:
+                delta = outer_sum(error * (share * bound), h)[0].addcmul_(grad, bound)
+            else:
+                delta = (grad + error.sum(0) * share) * bound
             self.updates.append(Update(p, delta))
             changes[p] = self._change(p, delta)
         if index == lowest:

@@ -25,7 +25,7 @@ def test_step_is_sgd_on_the_layer_written_with_a_centered_input():
     # The function after the step, W' (h - m) + c', is what has to agree.
     expected = (x - m) @ stepped_weight.T + offset - 0.1 * offset.grad
 
-    opt = fused_so.CGD(layer, lr=0.1, momentum=0.0)
+    opt = fused_so.CGD(layer, lr=0.1, momentum=0.0, max_norm=None)
     (layer(x) - target).square().mean().backward()
     opt.step()
     torch.testing.assert_close(layer.weight, stepped_weight)
@@ -50,7 +50,10 @@ def test_without_bias_it_is_sgd():
     ours, theirs = nn.Linear(4, 3, bias=False), nn.Linear(4, 3, bias=False)
     theirs.load_state_dict(ours.state_dict())
     options = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}
-    a, b = fused_so.CGD(ours, **options), torch.optim.SGD(theirs.parameters(), **options)
+    a, b = (
+        fused_so.CGD(ours, max_norm=None, **options),
+        torch.optim.SGD(theirs.parameters(), **options),
+    )
     for _ in range(3):
         x = torch.randn(6, 4)
         for model, opt in ((ours, a), (theirs, b)):

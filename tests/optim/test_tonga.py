@@ -127,12 +127,59 @@ def test_relative_damping_is_a_share_of_the_mean_eigenvalue():
     torch.testing.assert_close(step_of(opt, model), dense_step(rows, gradient, damping, False))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_damping_follows_the_larger_of_the_batch_and_the_average(reduction):
+    model = chain(5, 4, 3)
+    options = {**BARE, "damping": 0.0, "relative_damping": 0.3, "damping_decay": 0.75}
+    opt = fused_so.TONGA(model, 0.1, loss_reduction=reduction, **options)
+    average, larger = None, []
+    for size in (1.0, 0.1, 2.0, 0.1):
+        x, y = data()
+        y = model(x).detach() + size * y
+        rows = gradients(model, x, y)
+        trace = rows.square().sum() / 7
+        larger.append(average is not None and bool(average > trace))
+        damping = 0.3 / 7 * max(trace, average or 0.0)
+        average = trace if average is None else 0.75 * average + 0.25 * trace
+        backward(opt, model, x, y, reduction)
+        expected = dense_step(rows, rows.mean(0), damping, centered=False)
+        torch.testing.assert_close(step_of(opt, model), expected, rtol=1e-9, atol=1e-12)
+    assert larger == [False, True, False, True]
+    for layer in (model[0], model[2]):
+        torch.testing.assert_close(opt.state[layer.weight]["trace"], average)
+
+
+def test_the_average_outlives_a_checkpoint_and_a_bad_batch():
+    model, (x, y) = chain(5, 4, 3), data()
+    opt = fused_so.TONGA(model)
+    backward(opt, model, x, y)
+    opt.step()
+    saved = copy.deepcopy(opt.state_dict())
+    backward(opt, model, x * math.nan, y)
+    with pytest.warns(UserWarning, match="a gradient is not finite"):
+        opt.step()
+    twin = copy.deepcopy(model)
+    again = fused_so.TONGA(twin)
+    again.load_state_dict(saved)
+    for one, own in ((opt, model), (again, twin)):
+        backward(one, own, x, 0.1 * y)
+        one.step()
+    assert torch.equal(flat(model.parameters()), flat(twin.parameters()))
+    fresh = copy.deepcopy(model)
+    alone = fused_so.TONGA(fresh, damping_decay=None)
+    backward(alone, fresh, x, y)
+    alone.step()
+    assert "trace" not in alone.state[fresh[0].weight]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
 @pytest.mark.parametrize("centered", [False, True])
 @pytest.mark.parametrize("decay", [None, 0.9])
 def test_examples_without_a_gradient_leave_nothing_to_do(decay, centered, dtype):
     model, (x, _y) = chain(5, 4, 3, dtype=dtype), data()
-    opt = fused_so.TONGA(model, 1.0, centered=centered, decay=decay, momentum=0.0, nesterov=False)
+    opt = fused_so.TONGA(
+        model, 1.0, 0.0, centered=centered, decay=decay, momentum=0.0, nesterov=False
+    )
     before = flat(model.parameters())
     # The squares of 1e-25 are nothing in float32.
     for factor in (0.0,) if dtype == DOUBLE else (0.0, 1e-25):
@@ -436,7 +483,13 @@ def test_nothing_is_kept_after_the_step_and_it_trains():
     ("options", "error", "message"),
     [
         ({"damping": -1.0}, ValueError, "damping must be at least 0 and finite, got -1.0"),
-        ({"relative_damping": 0.0}, ValueError, "damping or relative_damping must be positive"),
+        (
+            {"damping": 0, "relative_damping": 0.0},
+            ValueError,
+            "damping or relative_damping must be positive",
+        ),
+        ({"damping_decay": 1.0}, ValueError, "damping_decay must be less than 1, got 1"),
+        ({"damping_decay": 0}, ValueError, "damping_decay must be positive, got 0"),
         ({"centered": 1}, TypeError, "centered must be True or False, got 1"),
         ({"decay": 1.0}, ValueError, "decay must be less than 1, got 1"),
         ({"decay": 0.0}, ValueError, "decay must be positive, got 0"),

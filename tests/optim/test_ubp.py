@@ -49,7 +49,7 @@ def inputs(n=N, width=5, dtype=DOUBLE):
 
 def ubp(model, lr, likelihood, **options):
     """Bare Algorithm 2, unless options say otherwise."""
-    options = {"momentum": 0.0, "max_correction": None} | options
+    options = {"momentum": 0.0, "max_correction": None, "max_norm": None} | options
     return fused_so.UBP(model, lr, likelihood=likelihood, **options)
 
 
@@ -704,6 +704,7 @@ def test_inputs_that_are_not_rows_are_refused():
         ({"momentum": 2}, ValueError, "momentum must be at least 0"),
         ({"weight_decay": -1}, ValueError, "weight_decay must be"),
         ({"max_correction": 0}, ValueError, "max_correction must be positive, got 0"),
+        ({"max_norm": 0}, ValueError, "max_norm must be positive, got 0"),
         ({"nesterov": 1}, TypeError, "nesterov must be True or False, got 1"),
         ({"curvature": "fisher"}, ValueError, "curvature must be one of .* got 'fisher'"),
         ({"mode": "exact"}, ValueError, "mode must be one of .* got 'exact'"),
@@ -744,6 +745,7 @@ def test_checkpoints_resume_bit_for_bit(mode):
     likelihood, y = problem("bernoulli", dtype=torch.float32)
     x = inputs(dtype=torch.float32)
     options = {"mode": mode, "momentum": 0.9, "weight_decay": 0.01, "max_correction": 0.2}
+    options["max_norm"] = 0.5
     model = chain(*BOTTLENECK, dtype=torch.float32)
     opt = ubp(model, 0.1, likelihood, **options)
 
@@ -890,6 +892,36 @@ def test_a_limit_by_value_is_seen_beside_an_input_far_larger_than_the_others():
     nn.utils.clip_grad_value_(model[0].weight, 0.1 * model[0].weight.grad.abs().max().item())
     with pytest.warns(UserWarning, match="not those of the last backward pass"):
         opt.step()
+
+
+def test_max_norm_bounds_the_gradient_and_its_corrections():
+    likelihood, y = problem("gaussian")
+    model, x = chain(*BOTTLENECK), inputs()
+    groups = [
+        {"params": list(model[4:].parameters()), "max_norm": 0.2},
+        {"params": list(model[:4].parameters()), "max_norm": 1e3},
+    ]
+    opt = ubp(model, 0.5, likelihood, params=groups)
+    backward(model, likelihood, x, y)
+    norm = torch.stack([p.grad.square().sum() for p in groups[0]["params"]]).sum().sqrt()
+    assert 0.2 < norm < 1e3
+    # The layers below hear of the shorter step above, and take their own in full.
+    shorter = {"lr": 0.5 * 0.2 / norm.item()}
+    other = copy.deepcopy(model)
+    expected = ubp(
+        other,
+        0.5,
+        likelihood,
+        params=[
+            {"params": list(other[4:].parameters()), **shorter},
+            {"params": list(other[:4].parameters())},
+        ],
+    )
+    backward(other, likelihood, x, y)
+    opt.step()
+    expected.step()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
 
 
 def test_clipping_the_norm_clips_the_corrected_gradient():
