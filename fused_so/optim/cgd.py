@@ -41,7 +41,7 @@ class CGD(KroneckerOptimizer):
     def __init__(
         self,
         model: nn.Module,
-        lr: float = 0.1,
+        lr: float = 0.2,
         *,
         momentum: float = 0.9,
         nesterov: bool = False,

@@ -104,7 +104,7 @@ class UBP(ModelOptimizer):
     def __init__(
         self,
         model: nn.Module,
-        lr: float = 0.15,
+        lr: float = 0.2,
         *,
         likelihood: Likelihood | nn.Module,
         curvature: str = "gauss_newton",
