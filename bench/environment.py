@@ -26,7 +26,8 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "fused_so": getattr(fused_so, "__version__", None),
-        "commit": _git("rev-parse", "HEAD"),
+        # A copy of the files alone, without git, is told what it is a copy of.
+        "commit": os.environ.get("FUSED_SO_COMMIT") or _git("rev-parse", "HEAD"),
         "uncommitted_changes": None if changes is None else bool(changes),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

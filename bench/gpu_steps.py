@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 
@@ -15,15 +16,28 @@ BATCHES = (128, 512, 1024)
 ROUND_STEPS, ROUNDS = 100, 3
 
 
-def time_steps(batch: int, device: torch.device, steps: int = ROUND_STEPS, rounds: int = ROUNDS):
-    """Milliseconds of a step, by the wall clock, of each optimizer; blocks of them take turns."""
+def time_steps(
+    batch: int,
+    device: torch.device,
+    steps: int = ROUND_STEPS,
+    rounds: int = ROUNDS,
+    seconds: float = math.inf,
+):
+    """Milliseconds of a step, by the wall clock, of each optimizer; blocks of them take turns.
+
+    At least one round, and as many more as end within `seconds`."""
+    begin = time.monotonic()
     x = torch.rand(batch, WIDTHS[0], device=device)
     takers = {name: stepper(name, x) for name in OPTIMIZERS}
     for step in takers.values():
         for _ in range(steps):
             step()
     times: dict[str, list[float]] = {name: [] for name in takers}
-    for _ in range(rounds):
+    for done in range(rounds):
+        # The warm-up was as long as a round.
+        round_seconds = (time.monotonic() - begin) / (done + 1)
+        if done and time.monotonic() - begin + round_seconds > seconds:
+            break
         spent = dict.fromkeys(takers, 0.0)
         for _ in range(steps // BLOCK_STEPS):
             for name, step in takers.items():
@@ -53,11 +67,12 @@ def rows_of(batch: int, medians: dict[str, float]) -> list[dict[str, object]]:
 
 
 def main() -> int:
-    for batch in BATCHES:
+    for i, batch in enumerate(BATCHES):
         if seconds_left() < 5:
             leave({"not_timed": f"batch {batch}"})
             continue
-        for row in rows_of(batch, time_steps(batch, torch.device("cuda"))):
+        share = seconds_left() / (len(BATCHES) - i)
+        for row in rows_of(batch, time_steps(batch, torch.device("cuda"), seconds=share)):
             leave(row)
     return 0
 

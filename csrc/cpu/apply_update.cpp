@@ -12,6 +12,7 @@
 
 #include "common/dispatch.h"
 #include "common/gemm.h"
+#include "common/lists.h"
 #include "common/parallel.h"
 #include "common/update_rule.h"
 
@@ -88,6 +89,10 @@ void update_all(const std::vector<Tensor>& params, const std::vector<Tensor>& up
 void apply_update(std::vector<Tensor> params, std::vector<Tensor> updates,
                   std::vector<Tensor> momentum_buffers, double lr, double momentum,
                   double weight_decay, bool nesterov, std::optional<Tensor> scale) {
+  check_entries("apply_update_", "updates", updates, params.size());
+  check_entries("apply_update_", "momentum_buffers", momentum_buffers,
+                momentum == 0 ? 0 : params.size());
+  if (params.empty()) return;
   for (Tensor& update : updates) {
     if (!update.is_contiguous()) update = torch::stable::contiguous(update);
   }

@@ -14,6 +14,7 @@
 #include "common/allocate.h"
 #include "common/column_sums.h"
 #include "common/gemm.h"
+#include "common/lists.h"
 
 namespace fused_so {
 namespace {
@@ -93,6 +94,9 @@ Tensor covariance_(Tensor cov, Tensor mean, Tensor h, double decay, bool centere
 Tensor covariance_list(std::vector<Tensor> covs, std::vector<Tensor> means, std::vector<Tensor> hs,
                        std::vector<double> decays, bool centered) {
   const size_t count = hs.size();
+  check_entries("covariance_list_", "cov", covs, count);
+  check_entries("covariance_list_", "mean", means, count);
+  check_entries("covariance_list_", "decay", decays, count);
   Tensor accepted = empty_on_cpu({static_cast<int64_t>(count)}, ScalarType::Bool);
   bool* const taken = static_cast<bool*>(accepted.mutable_data_ptr());
   for (size_t i = 0; i < count; ++i) {

@@ -15,6 +15,7 @@
 #include "common/column_sums.h"
 #include "common/gemm.h"
 #include "common/gram_block.h"
+#include "common/lists.h"
 
 namespace fused_so {
 namespace {
@@ -177,6 +178,9 @@ void make_gram(const std::vector<Layer<S>>& layers, T* k, int64_t n, Threads thr
 
 Tensor grad_gram(std::vector<Tensor> gs, std::vector<Tensor> hs, bool centered,
                  std::vector<bool> biases) {
+  STD_TORCH_CHECK(!gs.empty(), "grad_gram: gs must hold at least one tensor, got an empty list");
+  check_entries("grad_gram", "hs", hs, gs.size());
+  check_entries("grad_gram", "biases", biases, gs.size());
   const int64_t n = gs[0].size(0);
   Tensor gram = empty_on_cpu({n, n}, accumulate_type(gs[0].scalar_type()));
   if (n == 0) return gram;

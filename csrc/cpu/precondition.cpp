@@ -13,6 +13,7 @@
 
 #include "common/allocate.h"
 #include "common/gemm.h"
+#include "common/lists.h"
 
 namespace fused_so {
 namespace {
@@ -107,6 +108,12 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> precondition_list(
     std::vector<Tensor> grad_weight, std::vector<Tensor> grad_bias, std::vector<Tensor> mean,
     std::optional<std::vector<Tensor>> input_inverse,
     std::optional<std::vector<Tensor>> output_inverse, std::optional<std::vector<Tensor>> alpha) {
+  const char* const op = "precondition_list";
+  check_entries(op, "grad_bias", grad_bias, grad_weight.size());
+  check_entries(op, "mean", mean, grad_weight.size());
+  if (input_inverse) check_entries(op, "input_inverse", *input_inverse, grad_weight.size());
+  if (output_inverse) check_entries(op, "output_inverse", *output_inverse, grad_weight.size());
+  if (alpha) check_entries(op, "alpha", *alpha, grad_weight.size());
   const auto entry = [](const std::optional<std::vector<Tensor>>& list, size_t i) {
     return list ? std::optional<Tensor>((*list)[i]) : std::nullopt;
   };

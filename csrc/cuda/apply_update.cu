@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "common/dispatch.h"
+#include "common/lists.h"
 #include "cuda/apply_update.cuh"
 #include "cuda/current_stream.h"
 
@@ -31,6 +32,10 @@ cudaError_t update_all(const std::vector<Tensor>& params, const std::vector<Tens
 void apply_update(std::vector<Tensor> params, std::vector<Tensor> updates,
                   std::vector<Tensor> momentum_buffers, double lr, double momentum,
                   double weight_decay, bool nesterov, std::optional<Tensor> scale) {
+  check_entries("apply_update_", "updates", updates, params.size());
+  check_entries("apply_update_", "momentum_buffers", momentum_buffers,
+                momentum == 0 ? 0 : params.size());
+  if (params.empty()) return;
   const int32_t device = params[0].get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   for (Tensor& update : updates) {

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from fused_so._dtypes import accumulate_dtype
 
@@ -70,6 +72,65 @@ def contiguous(name: str, value: Tensor) -> None:
         raise ValueError(
             f"{name} is updated in place and must be contiguous, got strides {value.stride()}"
         )
+
+
+def apart(
+    written: Sequence[Tensor], read: Sequence[Tensor], names: Callable[[], list[str]]
+) -> None:
+    """Requires that no tensor of `written`, which are contiguous, overlaps another one in memory.
+
+    A strided tensor counts from its first entry to its last: one that lies between the entries of
+    another is refused too. `names`, of all tensors in order, is asked for only when it comes to
+    that."""
+    tensors = [*written, *read]
+    # Fake and other tensors without memory of their own have subclasses, meta tensors no address.
+    if torch.compiler.is_compiling() or not set(map(type, tensors)) <= {Tensor, Parameter}:
+        return
+    begins = [t.data_ptr() for t in tensors]
+    ends = [begin + t.nbytes for begin, t in zip(begins, written, strict=False)]
+    ends += [
+        begin + (t.nbytes if t.is_contiguous() else _extent(t))
+        for begin, t in zip(begins[len(written) :], read, strict=True)
+    ]
+    # The common case first: each ends before the next begins.
+    in_order = sorted(begins)
+    if not all(map(int.__le__, sorted(ends), in_order[1:])):
+        _raise_on_overlap(begins, ends, len(written), names)
+
+
+def _extent(x: Tensor) -> int:
+    """Bytes from the first entry of x to its last."""
+    if x.numel() == 0:
+        return 0
+    steps = zip(x.shape, x.stride(), strict=True)
+    return x.element_size() * (1 + sum((size - 1) * stride for size, stride in steps))
+
+
+def _raise_on_overlap(begins, ends, written, names):
+    """Tensors that are read may overlap one another; the first `written` may overlap none."""
+    spans = [
+        (begin, end, i)
+        for i, (begin, end) in enumerate(zip(begins, ends, strict=True))
+        if begin and end > begin
+    ]
+    farthest = farthest_written = (0, 0, 0)
+    for span in sorted(spans):
+        before = farthest if span[2] < written else farthest_written
+        if before[1] > span[0]:
+            (_, end, i), (begin, last, j) = before, span
+            first, second = sorted((i, j))
+            named = names()
+            raise ValueError(
+                f"{named[first]} is updated in place and must not overlap {named[second]} in "
+                f"memory, got {min(end, last) - begin} bytes in common"
+            )
+        farthest = max(farthest, span, key=_end)
+        if span[2] < written:
+            farthest_written = max(farthest_written, span, key=_end)
+
+
+def _end(span: tuple[int, int, int]) -> int:
+    return span[1]
 
 
 def within(name: str, value: float, low: float, high: float) -> None:

@@ -47,6 +47,9 @@ def apply_update_(
             factor computed on a GPU stays there. 0 skips the update: nothing is changed, whatever
             Delta holds.
 
+    What is updated in place may overlap nothing else in memory; a tensor with gaps between its
+    entries takes all from the first to the last.
+
     Raises:
         TypeError, ValueError: an argument breaks a rule above; nothing is changed.
 
@@ -72,14 +75,15 @@ def apply_update_(
             raise ValueError(f"{name} must hold {count} tensors ({rule}), got {len(tensors)}")
     if not _match(params, updates, buffers):
         _raise_unless_matching(params, updates, buffers)
-    if len({id(tensor) for tensor in (*params, *buffers)}) < len(params) + len(buffers):
-        raise ValueError("params and momentum_buffers must hold each tensor once, got one twice")
     if not params:
         return
+    read = updates
     if scale is not None:
         _check.shape("scale", scale, ())
         _check.accumulates("scale", scale, "params", params[0])
         _check.same_device("scale", scale, "params[0]", params[0])
+        read = [*updates, scale]
+    _check.apart([*params, *buffers], read, lambda: _names(params, buffers, updates))
     _apply_update_(
         params,
         updates,
@@ -91,6 +95,11 @@ def apply_update_(
         scale=scale,
     )
     _check.mutated(*params, *buffers)
+
+
+def _names(params: list, buffers: list, updates: list) -> list[str]:
+    lists = {"params": params, "momentum_buffers": buffers, "updates": updates}
+    return [f"{name}[{i}]" for name, of in lists.items() for i in range(len(of))] + ["scale"]
 
 
 def _match(params: list, updates: list, buffers: list) -> bool:

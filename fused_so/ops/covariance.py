@@ -67,6 +67,9 @@ def covariance_(
         device: small layers of one shape and decay then share their launches on a GPU. A decay
         that is no list is that of all.
 
+    cov and mean may overlap nothing else in memory; an h with gaps between its entries takes all
+    from the first to the last.
+
     Returns:
         A 0-dim bool tensor on the device of h: whether the batch was taken; (k,) for lists. Reading
         it is the only synchronization with a GPU, and is left to the caller.
@@ -82,6 +85,7 @@ def covariance_(
     _check_layer("", cov, mean, h)
     _check.within("decay", decay, 0.0, 1.0)
     _check.boolean("centered", centered)
+    _check.apart([cov, mean], [h], lambda: ["cov", "mean", "h"])
     accepted = _covariance_(cov, mean, h, decay=float(decay), centered=centered)
     _check.mutated(cov, mean)
     return accepted
@@ -100,8 +104,11 @@ def _covariances_(cov, mean, h, decay, centered):
         _check.same_device(f"h[{i}]", hs[i], "h[0]", hs[0])
         _check.within(f"decay[{i}]" if each else "decay", decays[i], 0.0, 1.0)
     _check.boolean("centered", centered)
-    if len({id(tensor) for tensor in (*covs, *means)}) < 2 * len(covs):
-        raise ValueError("cov and mean must hold each tensor once, got one twice")
+    _check.apart(
+        [*covs, *means],
+        hs,
+        lambda: [f"{name}[{i}]" for name in ("cov", "mean", "h") for i in range(len(hs))],
+    )
     decays = [float(beta) for beta in decays]
     accepted = _covariance_list_(covs, means, hs, decay=decays, centered=centered)
     _check.mutated(*covs, *means)

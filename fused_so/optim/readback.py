@@ -12,7 +12,9 @@ class Readback:
     """Runs a callback with a tensor's value once it has reached the host.
 
     On a CPU that is at once. On a GPU the value is copied behind the queued work, and `poll`
-    runs the callbacks of the copies that have arrived; nothing ever waits.
+    runs the callbacks of the copies that have arrived; nothing ever waits. While a CUDA graph is
+    captured the queued work does not run: what is watched then has no value, now or when the graph
+    is replayed, and its callback never runs.
     """
 
     def __init__(self) -> None:
@@ -21,6 +23,8 @@ class Readback:
     def watch(self, value: Tensor, callback: Callable[[Tensor], None]) -> None:
         if not self.waits_for(value):
             callback(value)
+            return
+        if _capturing():
             return
         on_host = value.to("cpu", non_blocking=True)
         arrived = torch.cuda.Event()
@@ -33,6 +37,9 @@ class Readback:
         return value.device.type == "cuda"
 
     def poll(self) -> None:
+        # A capture ends in an error if an event is queried.
+        if self._pending and _capturing():
+            return
         waiting, self._pending = self._pending, []
         for arrived, value, callback in waiting:
             if arrived.query():
@@ -45,3 +52,8 @@ class Readback:
         for arrived, _, _ in self._pending:
             arrived.synchronize()
         self.poll()
+
+
+def _capturing() -> bool:
+    # Without a CUDA build of PyTorch there is nobody to ask.
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

@@ -57,8 +57,10 @@ def precondition_list(
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """The same of many layers, each in its place, all on one device."""
     count = len(grad_weight)
-    inverses = (side or [None] * count for side in (input_inverse, output_inverse))
-    layers = list(zip(grad_weight, grad_bias, mean, *inverses, strict=True))
+    options = (input_inverse, output_inverse, alpha)
+    options = ([None] * count if given is None else given for given in options)
+    entries = zip(grad_weight, grad_bias, mean, *options, strict=True)
+    layers = [layer for *layer, _ in entries]
     dws: list = [None] * count
     dbs: list = [None] * count
     with device_guard(mean[0]):

@@ -11,6 +11,7 @@ import torch
 
 from bench import gpu, gpu_cases, gpu_memory_check, gpu_ops, gpu_report, gpu_steps
 from bench.bench_steps import OPTIMIZERS
+from bench.environment import environment
 from bench.gpu import Part
 from fused_so import _extension
 from fused_so.triton_kernels import _autotune
@@ -204,6 +205,23 @@ def test_steps_of_every_optimizer():
     assert ratios == {"sgd": 1.0, "sgd fused": 2.0, "acp": 2.5}
 
 
+@pytest.mark.parametrize(("seconds", "rounds"), [(0.0, 1), (float("inf"), 4)])
+def test_rounds_of_steps_end_when_their_time_does(monkeypatch, seconds, rounds):
+    taken = []
+    monkeypatch.setattr(gpu_steps, "OPTIMIZERS", {"sgd": None})
+    monkeypatch.setattr(gpu_steps, "stepper", lambda name, x: lambda: taken.append(name))
+    medians = gpu_steps.time_steps(4, CPU, steps=20, rounds=4, seconds=seconds)
+    assert set(medians) == {"sgd"}
+    assert len(taken) == 20 * (1 + rounds)  # and those of the warm-up
+
+
+def test_the_commit_of_a_copy_without_git(monkeypatch):
+    monkeypatch.setenv("FUSED_SO_COMMIT", "abc")
+    assert environment()["commit"] == "abc"
+    monkeypatch.delenv("FUSED_SO_COMMIT")
+    assert environment()["commit"] != "abc"
+
+
 def test_what_the_sanitizer_watches_has_the_right_results():
     gpu_memory_check.check(CPU)
 
@@ -311,6 +329,7 @@ def test_the_parts_are_what_there_is_and_end_within_eight_minutes():
     assert list(todo)[:2] == ["build", "tests on the GPU"]
     assert todo["build"].command[1:] == ["setup.py", "build_ext", "--inplace"]
     assert todo["build"].environment["FUSED_SO_CUDA"] == "1"
+    assert todo["build"].environment["PATH"] == f"{os.environ['PATH']}:/usr/local/cuda/bin"
     for op in gpu.OPS:
         assert todo[f"time {op}"].command[-2:] == ["bench.gpu_ops", op]
     assert "time steps" in todo

@@ -6,6 +6,7 @@ import ctypes
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from fused_so import reference
 from fused_so.ops import apply_update_
@@ -157,6 +158,20 @@ def test_autograd_learns_of_the_change():
         product.backward()
 
 
+@budget.needs_kernel
+@pytest.mark.parametrize("short", ["params", "updates", "momentum_buffers"])
+def test_lists_of_unequal_length_raise_without_the_public_checks(short):
+    lists = {
+        name: [torch.ones(2), torch.ones(2)] for name in ("params", "updates", "momentum_buffers")
+    }
+    lists[short].pop()
+    rule = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0, "nesterov": False}
+    op = torch.ops.fused_so.apply_update_
+    with pytest.raises(RuntimeError, match=r"apply_update_: .* must hold \d entries, got \d"):
+        op(*lists.values(), **rule)
+    op([], [], [], **rule, scale=torch.ones(()))
+
+
 def test_no_tensors_at_all():
     apply_update_([], [], [], lr=0.1, momentum=0.9)
 
@@ -287,12 +302,57 @@ def test_sparse_tensors_are_refused(place, layout):
         apply_update_(*lists.values(), lr=1.0, momentum=0.9)
 
 
-def test_a_tensor_given_twice_is_refused():
-    a, b, c = (torch.ones(2) for _ in range(3))
-    for params, buffers in (([a, a], [b, c]), ([a, b], [c, c]), ([a, b], [c, a])):
-        with pytest.raises(ValueError, match="must hold each tensor once, got one twice"):
-            apply_update_(params, [torch.ones(2)] * 2, buffers, lr=1.0, momentum=0.9)
-    assert all(torch.equal(t, torch.ones(2)) for t in (a, b, c))
+# Entries of one array of 16, as (first, size); what of it is params, buffers and updates.
+OVERLAPS = {
+    "params[0] .* overlap params[1] in memory, got 8 bytes": ([(0, 2), (0, 2)], [], []),
+    "params[0] .* overlap params[1] in memory, got 4 bytes": ([(2, 2), (3, 2)], [], []),
+    "params[1] .* overlap params[2] in memory, got 4 bytes": ([(8, 1), (0, 6), (2, 1)], [], []),
+    "momentum_buffers[0] .* overlap momentum_buffers[1] in memory": ([], [(4, 3), (6, 3)], []),
+    "params[1] .* overlap momentum_buffers[0] in memory": ([(0, 2), (2, 2)], [(3, 2), (8, 2)], []),
+    "params[0] .* overlap updates[0] in memory, got 8 bytes": ([(4, 2)], [], [(4, 2)]),
+    "params[0] .* overlap updates[1] in memory": ([(4, 2), (8, 2)], [], [(0, 2), (3, 2)]),
+    "momentum_buffers[0] .* overlap updates[0] in memory": ([], [(4, 4)], [(7, 4)]),
+}
+
+
+@pytest.mark.parametrize(("message", "entries"), OVERLAPS.items(), ids=OVERLAPS)
+def test_what_is_updated_may_overlap_nothing(message, entries):
+    memory = torch.arange(16.0)
+    before = memory.clone()
+    sizes = [size for _, size in max(entries, key=len)]
+    # What is not in the array has its own memory.
+    params, buffers, updates = (
+        [memory[first : first + size] for first, size in of] or [torch.ones(n) for n in sizes]
+        for of in entries
+    )
+    message = message.replace("[", r"\[")
+    with pytest.raises(ValueError, match=message):
+        apply_update_(params, updates, buffers, lr=1.0, momentum=0.9)
+    assert torch.equal(memory, before)
+
+
+def test_an_update_that_lies_between_the_entries_of_a_param_is_refused():
+    memory = torch.ones(6)
+    with pytest.raises(ValueError, match=r"params\[0\] .* updates\[0\] in memory, got 8 bytes"):
+        apply_update_([memory[2:4]], [memory[1:5:3]], [], lr=1.0)
+    with pytest.raises(ValueError, match=r"params\[0\] .* scale in memory, got 4 bytes"):
+        apply_update_([memory[2:4]], [torch.ones(2)], [], lr=1.0, scale=memory[3])
+
+
+@pytest.mark.filterwarnings("error")
+def test_tensors_without_memory_overlap_nothing():
+    with FakeTensorMode():
+        apply_update_([torch.ones(2), torch.ones(2)], [torch.ones(2)] * 2, [], lr=1.0)
+    params = [torch.ones(2, device="meta") for _ in range(2)]
+    apply_update_(params, [torch.ones(2, device="meta")] * 2, [], lr=1.0)
+
+
+def test_neighbors_in_one_array_and_updates_that_overlap_are_fine():
+    memory, update = torch.ones(9), torch.ones(1).expand(3)
+    params = [memory[:3], memory[6:], memory[4:4], memory[4:4]]
+    empty = torch.ones(0)
+    apply_update_(params, [update, update, empty, empty], [], lr=0.5)
+    assert memory.tolist() == [0.5] * 3 + [1.0] * 3 + [0.5] * 3
 
 
 # The CUDA kernel.

@@ -264,6 +264,22 @@ def test_layers_of_the_reference_equal_its_calls_one_by_one(centered):
         assert torch.equal(means[i], one[1])
 
 
+@pytest.mark.parametrize(
+    "run", [torch.ops.fused_so.covariance_list_, reference.covariance_], ids=["op", "reference"]
+)
+@pytest.mark.parametrize("short", ["cov", "mean", "h", "decay"])
+def test_lists_of_unequal_length_raise_without_the_public_checks(run, short):
+    lists = {
+        "cov": [torch.ones(4, 4), torch.ones(4, 4)],
+        "mean": [torch.ones(4), torch.ones(4)],
+        "h": [torch.rand(6, 4), torch.rand(6, 4)],
+        "decay": [0.5, 0.5],
+    }
+    lists[short] = lists[short][:1]
+    with pytest.raises((RuntimeError, ValueError), match="must hold|is (shorter|longer) than"):
+        run(lists["cov"], lists["mean"], lists["h"], decay=lists["decay"])
+
+
 def test_opcheck_of_layers():
     covs, means, hs = layers()
     op = torch.ops.fused_so.covariance_list_.default
@@ -305,8 +321,22 @@ ONE_COV, ONE_MEAN = torch.ones(4, 4), torch.ones(4)
         ),
         ({"mean": [torch.ones(4), torch.ones(8)[::2]]}, ValueError, r"mean\[1\] .* contiguous"),
         ({"mean": torch.ones(4)}, TypeError, "mean must be a list of tensors, got Tensor"),
-        ({"cov": [ONE_COV, ONE_COV]}, ValueError, "cov and mean must hold each tensor once"),
-        ({"mean": [ONE_MEAN, ONE_MEAN]}, ValueError, "cov and mean must hold each tensor once"),
+        (
+            {"cov": [ONE_COV, ONE_COV]},
+            *(ValueError, r"cov\[0\] is updated .* not overlap cov\[1\] in memory, got 64 bytes"),
+        ),
+        (
+            {"mean": [ONE_MEAN, ONE_MEAN]},
+            *(ValueError, r"mean\[0\] is updated .* not overlap mean\[1\] in memory, got 16"),
+        ),
+        (
+            {"mean": [ONE_MEAN, ONE_COV[2]], "cov": [ONE_COV, torch.ones(4, 4)]},
+            *(ValueError, r"cov\[0\] is updated .* not overlap mean\[1\] in memory, got 16"),
+        ),
+        (
+            {"h": [torch.rand(6, 4), ONE_MEAN.expand(6, 4)], "mean": [torch.ones(4), ONE_MEAN]},
+            *(ValueError, r"mean\[1\] is updated .* not overlap h\[1\] in memory, got 16"),
+        ),
         ({"decay": 1.5}, ValueError, "decay must be at least 0 and at most 1, got 1.5"),
         (
             {"decay": [0.5, 1.5]},
@@ -384,6 +414,15 @@ BAD_MIXTURES = [
     ({"decay": 1.5}, ValueError, "decay must be at least 0 and at most 1, got 1.5"),
     ({"decay": float("nan")}, ValueError, "decay must be .* got nan"),
     ({"decay": "0.5"}, TypeError, "decay must be a number, got str"),
+    (
+        {"cov": ONE_COV, "mean": ONE_COV[1]},
+        *(ValueError, "cov is updated in place and must not overlap mean in memory, got 16 bytes"),
+    ),
+    (
+        {"cov": ONE_COV, "h": ONE_COV[1:]},
+        *(ValueError, "cov is updated in place and must not overlap h in memory, got 48 bytes"),
+    ),
+    ({"mean": ONE_MEAN, "h": ONE_MEAN[None]}, ValueError, "mean is .* not overlap h in memory"),
 ]
 
 

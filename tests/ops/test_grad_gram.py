@@ -191,6 +191,18 @@ def test_opcheck(dtype, centered):
     torch.library.opcheck(torch.ops.fused_so.grad_gram.default, (gs, hs), options)
 
 
+@budget.needs_kernel
+@pytest.mark.parametrize("short", ["gs", "hs", "biases"])
+@pytest.mark.parametrize("entries", [0, 1])
+def test_lists_of_unequal_length_raise_without_the_public_checks(short, entries):
+    lists = {"gs": [torch.ones(3, 2)] * 2, "hs": [torch.ones(3, 4)] * 2, "biases": [True, True]}
+    lists[short] = lists[short][:entries]
+    with pytest.raises(RuntimeError, match="grad_gram: .* must hold .* got"):
+        torch.ops.fused_so.grad_gram(
+            lists["gs"], lists["hs"], centered=False, biases=lists["biases"]
+        )
+
+
 def test_compile_fullgraph():
     gs, hs = checks.layers(7, MIXED, torch.float32)
     compiled = torch.compile(lambda gs, hs: ops.grad_gram(gs, hs, centered=True), fullgraph=True)

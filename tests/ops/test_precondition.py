@@ -86,6 +86,26 @@ def test_layers_equal_calls_one_by_one_to_the_bit(sides, numbers, tensors):
         assert torch.equal(db, expected[1])
 
 
+LISTS = ("grad_weight", "grad_bias", "mean", "input_inverse", "output_inverse", "alpha")
+
+
+@budget.needs_kernel
+@pytest.mark.parametrize("short", LISTS)
+@pytest.mark.parametrize("entries", [0, 1])
+def test_lists_of_unequal_length_raise_without_the_public_checks(short, entries):
+    shapes = (3, 4), (3,), (4,), (4, 4), (3, 3), ()
+    lists = {
+        name: [torch.ones(shape), torch.ones(shape)]
+        for name, shape in zip(LISTS, shapes, strict=True)
+    }
+    lists[short] = lists[short][:entries]
+    *positional, output_inverse, alpha = lists.values()
+    with pytest.raises(RuntimeError, match=r"precondition_list: .* must hold \d entries, got \d"):
+        torch.ops.fused_so.precondition_list(
+            *positional, output_inverse=output_inverse, alpha=alpha
+        )
+
+
 @pytest.mark.parametrize("alpha", [1.0, 0.5])
 def test_one_alpha_is_that_of_all_layers(alpha):
     gw, gb, mean, a, _ = layers()

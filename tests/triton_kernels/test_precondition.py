@@ -203,6 +203,22 @@ def test_layers_that_are_not_aligned_are_launched_apart(launches):
         assert torch.equal(dw, expected)
 
 
+LISTS = ("grad_weight", "grad_bias", "mean", "input_inverse", "output_inverse", "alpha")
+
+
+@pytest.mark.parametrize("short", LISTS)
+@pytest.mark.parametrize("entries", [0, 1, 3])
+def test_lists_of_unequal_length_raise(short, entries):
+    shapes = (3, 4), (3,), (4,), (4, 4), (3, 3), ()
+    lists = {
+        name: [torch.ones(shape, device=DEVICE)] * (entries if name == short else 2)
+        for name, shape in zip(LISTS, shapes, strict=True)
+    }
+    *positional, output_inverse, alpha = lists.values()
+    with pytest.raises(ValueError, match="is (shorter|longer) than"):
+        precondition_list(*positional, output_inverse=output_inverse, alpha=alpha)
+
+
 @pytest.mark.parametrize("sides", SIDES)
 def test_a_layer_does_not_depend_on_those_it_is_launched_with(sides, monkeypatch):
     """Nor are some of a launch aligned where others are not: Triton would compile once more."""
