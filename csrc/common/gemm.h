@@ -77,6 +77,10 @@ template <class S>
 const Bits<S>* as_bits(const S* data) {
   return reinterpret_cast<const Bits<S>*>(data);
 }
+template <class S>
+Bits<S>* as_bits(S* data) {
+  return reinterpret_cast<Bits<S>*>(data);
+}
 
 // Packs the panel of `rows` (lanes) first .. first + width of x, all its columns (depth).
 template <class T, class S>

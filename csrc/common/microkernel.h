@@ -41,7 +41,12 @@ using MultiplyRow = T (*)(const S* source, int64_t col_stride, int64_t count, co
 template <class T>
 struct UpdateRule;
 
-// What reads an input of dtype S.
+// A parameter update of `count` entries; buffer may be null, meaning no momentum.
+template <class T, class P, class U>
+using UpdateEntries = void (*)(int64_t count, const UpdateRule<T>& rule, T scale, P* param,
+                               const U* update, T* buffer);
+
+// What reads an input of dtype S, or writes one: a param with an update of its dtype or of T.
 template <class T, class S>
 struct Readers {
   PackPanel<T, S> pack_a;
@@ -49,6 +54,8 @@ struct Readers {
   SumColumns<S> sum_columns;
   ScaleRow<T, S> scale_row;
   MultiplyRow<T, S> multiply_row;
+  UpdateEntries<T, S, S> update;
+  UpdateEntries<T, S, T> update_wide;
 };
 
 template <class T>
@@ -76,9 +83,6 @@ struct Microkernel {
   // to[j] = sum_i weights[i] x[i row_stride + j].
   void (*combine_rows)(int64_t rows, int64_t cols, const T* weights, const T* x, int64_t row_stride,
                        T* to);
-  // A parameter update of `count` entries; buffer may be null, meaning no momentum.
-  void (*update)(int64_t count, const UpdateRule<T>& rule, T scale, T* param, const T* update,
-                 T* buffer);
   AllReaders<T> readers;
 };
 

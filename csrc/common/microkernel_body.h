@@ -69,6 +69,46 @@ Vector<T, V> load(const HalfBits* from) {
   return (Vector<float, V>)(bits | ((half & 0x8000u) << 16));
 }
 
+// Stores V neighbours, rounded to the nearest, and to the even one of two.
+template <int V>
+void store_as(float* to, Vector<float, V> x) {
+  store<float, V>(to, x);
+}
+template <int V>
+void store_as(double* to, Vector<double, V> x) {
+  store<double, V>(to, x);
+}
+
+template <int V>
+void store_bits(void* to, Vector<uint32_t, V> bits) {
+  const auto narrow = __builtin_convertvector(bits, Vector<uint16_t, V>);
+  __builtin_memcpy(to, &narrow, sizeof(narrow));
+}
+
+template <int V>
+void store_as(BFloat16Bits* to, Vector<float, V> x) {
+  using Bits = Vector<uint32_t, V>;
+  const Bits bits = (Bits)x;
+  const Bits rounded = (bits + ((bits >> 16) & 1u) + 0x7fffu) >> 16;
+  store_bits<V>(to, (bits & 0x7fffffffu) > 0x7f800000u ? Bits{} + 0x7fc0u : rounded);
+}
+
+template <int V>
+void store_as(HalfBits* to, Vector<float, V> x) {
+  using Bits = Vector<uint32_t, V>;
+  const Bits magnitude = (Bits)x & 0x7fffffffu;
+  // With 2^e the largest power of two in x, or a half's least, 2^-14, the last place of 2^(e + 13)
+  // is 2^(e - 10), that of a half: adding the two rounds x.
+  const Bits exponent = magnitude & 0x7f800000u, least = Bits{} + (113u << 23);
+  const Bits anchor = (exponent > least ? exponent : least) + (13u << 23);
+  const Bits sum = (Bits)((Vector<float, V>)anchor + (Vector<float, V>)magnitude);
+  // x = 2^(e - 10) (sum - anchor) are the bits of a half with exponent e + 15, less its leading 1.
+  Bits half = (((anchor >> 23) - 126u) << 10) + (sum - anchor);
+  half = magnitude >= 0x477ff000u ? Bits{} + 0x7c00u : half;  // from 65520 on
+  half = magnitude > 0x7f800000u ? Bits{} + 0x7e00u : half;
+  store_bits<V>(to, half | (((Bits)x >> 16) & 0x8000u));
+}
+
 // Copies `count` < 2 W elements, converted, in pieces of W, W/2 .. 1.
 template <class T, int W, class S>
 void copy_some(const S* from, int64_t count, T* to) {
@@ -502,8 +542,8 @@ void combine_rows(int64_t rows, int64_t cols, const T* weights, const T* x, int6
 }
 
 // `count` <= V entries of update.
-template <bool HasBuffer, class T, int V>
-void update_some(int64_t count, const UpdateRule<T>& rule, T scale, T* param, const T* update,
+template <bool HasBuffer, class T, int V, class P, class U>
+void update_some(int64_t count, const UpdateRule<T>& rule, T scale, P* param, const U* update,
                  T* buffer) {
   Vector<T, V> p = load_some<T, V>(param, count);
   const Vector<T, V> u = load_some<T, V>(update, count);
@@ -515,19 +555,21 @@ void update_some(int64_t count, const UpdateRule<T>& rule, T scale, T* param, co
     p = rule(p, u, scale);
   }
   if (count == V) {
-    store<T, V>(param, p);
+    store_as<V>(param, p);
     if constexpr (HasBuffer) store<T, V>(buffer, velocity);
   } else {
+    P stored[V];
+    store_as<V>(stored, p);
     for (int64_t i = 0; i < count; ++i) {
-      param[i] = p[i];
+      param[i] = stored[i];
       if constexpr (HasBuffer) buffer[i] = velocity[i];
     }
   }
 }
 
 // Nesterov is rule.nesterov, known at compile time: no branch is left in the loop.
-template <bool HasBuffer, bool Nesterov, class T, int V>
-void update_with(int64_t count, UpdateRule<T> rule, T scale, T* param, const T* update, T* buffer) {
+template <bool HasBuffer, bool Nesterov, class T, int V, class P, class U>
+void update_with(int64_t count, UpdateRule<T> rule, T scale, P* param, const U* update, T* buffer) {
   rule.nesterov = Nesterov;
   for (int64_t i = 0; i < count; i += V) {
     T* const velocity = HasBuffer ? buffer + i : buffer;
@@ -539,8 +581,8 @@ void update_with(int64_t count, UpdateRule<T> rule, T scale, T* param, const T* 
   }
 }
 
-template <class T, int V>
-void update_entries(int64_t count, const UpdateRule<T>& rule, T scale, T* param, const T* update,
+template <class T, int V, class P, class U>
+void update_entries(int64_t count, const UpdateRule<T>& rule, T scale, P* param, const U* update,
                     T* buffer) {
   if (buffer == nullptr) {
     update_with<false, false, T, V>(count, rule, scale, param, update, buffer);
@@ -553,9 +595,13 @@ void update_entries(int64_t count, const UpdateRule<T>& rule, T scale, T* param,
 
 template <class T, int V, int AWidth, int BWidth, class S>
 constexpr Readers<T, S> make_readers() {
-  return {&pack_panel<T, V, AWidth, S>, &pack_panel<T, V, BWidth, S>,
-          &sum_columns<T, V* static_cast<int>(sizeof(T)) / 8, S>, &scale_row<T, V, S>,
-          &multiply_row<T, V, S>};
+  return {&pack_panel<T, V, AWidth, S>,
+          &pack_panel<T, V, BWidth, S>,
+          &sum_columns<T, V* static_cast<int>(sizeof(T)) / 8, S>,
+          &scale_row<T, V, S>,
+          &multiply_row<T, V, S>,
+          &update_entries<T, V, S, S>,
+          &update_entries<T, V, S, T>};
 }
 
 // Turns V x V blocks over; what is left at the edges goes entry by entry.
@@ -616,7 +662,6 @@ constexpr Microkernel<T> make_microkernel() {
                         &transpose_block<T, V>,
                         &dot<T, V* static_cast<int>(sizeof(T)) / 8>,
                         &combine_rows<T, V>,
-                        &update_entries<T, V>,
                         {}};
   fill_tiles<T, MR, 1, V, a_width, b_width>(kernel);
   fill_tiles<T, MR, 2, V, a_width, b_width>(kernel);

@@ -30,4 +30,24 @@ void for_each_task(int64_t count, Threads threads, const Task& task) {
   });
 }
 
+// The same, but each thread first takes those of its own share, in order, and only then others'. In
+// a pass over memory a core so finds the addresses that it translated in the last pass.
+template <class Task>
+void for_each_task_in_shares(int64_t count, Threads threads, const Task& task) {
+  constexpr int64_t kMaxWorkers = 64;
+  const int64_t workers = std::min({count, count_workers(threads), kMaxWorkers});
+  if (workers <= 1) return for_each_task(count, Threads::kOne, task);
+  struct alignas(64) Share {
+    std::atomic<int64_t> next;
+  };
+  Share shares[kMaxWorkers];
+  for (int64_t w = 0; w < workers; ++w) shares[w].next = w * count / workers;
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t worker, int64_t) {
+    for (int64_t k = 0; k < workers; ++k) {
+      const int64_t w = (worker + k) % workers, end = (w + 1) * count / workers;
+      for (int64_t i = shares[w].next++; i < end; i = shares[w].next++) task(i);
+    }
+  });
+}
+
 }  // namespace fused_so

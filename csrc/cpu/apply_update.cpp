@@ -29,38 +29,17 @@ struct Chunk {
   int64_t size;
 };
 
-// Of 16-bit params. kNesterov is rule.nesterov, known at compile time, and the velocity a local
-// variable: with a branch inside, the loop would not be vectorized (measured: 2 times slower).
-template <bool kHasBuffer, bool kNesterov, class P, class U>
-void update_converted(const Chunk<P, U>& chunk, UpdateRule<float> rule, float scale) {
-  rule.nesterov = kNesterov;
-  P* __restrict param = chunk.param;
-  const U* __restrict update = chunk.update;
-  float* __restrict buffer = chunk.buffer;
-  for (int64_t i = 0; i < chunk.size; ++i) {
-    const float p = static_cast<float>(param[i]), u = static_cast<float>(update[i]);
-    if constexpr (kHasBuffer) {
-      float velocity = buffer[i];
-      param[i] = static_cast<P>(rule(p, u, scale, &velocity));
-      buffer[i] = velocity;
-    } else {
-      param[i] = static_cast<P>(rule(p, u, scale));
-    }
-  }
-}
-
 template <class P, class U>
 void update_chunk(const Chunk<P, U>& chunk, const UpdateRule<Accumulate<P>>& rule,
                   Accumulate<P> scale) {
-  if constexpr (std::is_same_v<P, Accumulate<P>>) {
-    gemm_detail::microkernel<P>().update(chunk.size, rule, scale, chunk.param, chunk.update,
-                                         chunk.buffer);
-  } else if (chunk.buffer == nullptr) {
-    update_converted<false, false>(chunk, rule, scale);
-  } else if (rule.nesterov) {
-    update_converted<true, true>(chunk, rule, scale);
+  using A = Accumulate<P>;
+  const auto& kernels = gemm_detail::readers<A, P>(gemm_detail::microkernel<A>());
+  auto* const param = gemm_detail::as_bits(chunk.param);
+  const auto* const update = gemm_detail::as_bits(chunk.update);
+  if constexpr (std::is_same_v<U, P>) {
+    kernels.update(chunk.size, rule, scale, param, update, chunk.buffer);
   } else {
-    update_converted<true, false>(chunk, rule, scale);
+    kernels.update_wide(chunk.size, rule, scale, param, update, chunk.buffer);
   }
 }
 
@@ -82,8 +61,8 @@ void update_all(const std::vector<Tensor>& params, const std::vector<Tensor>& up
   }
   // Waking the threads costs more than two chunks.
   const Threads threads = total < 2 * kChunk ? Threads::kOne : Threads::kAll;
-  for_each_task(static_cast<int64_t>(chunks.size()), threads,
-                [&](int64_t c) { update_chunk(chunks[c], rule, scale); });
+  for_each_task_in_shares(static_cast<int64_t>(chunks.size()), threads,
+                          [&](int64_t c) { update_chunk(chunks[c], rule, scale); });
 }
 
 void apply_update(std::vector<Tensor> params, std::vector<Tensor> updates,

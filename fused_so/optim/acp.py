@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,6 +13,7 @@ from fused_so.optim.base import check_choice, check_grad_scaler, check_number, l
 from fused_so.optim.factors import Factor
 from fused_so.optim.kronecker import KroneckerOptimizer
 from fused_so.optim.layers import Layer
+from fused_so.optim.rows import joined
 
 HEURISTICS = ("rms_gradient", "max_squared_gradient")
 _ALPHA_DECAY = 0.975
@@ -135,15 +137,8 @@ class ACP(KroneckerOptimizer):
             self.average(Factor(layer, "input"), h)
         alpha = layer.group["alpha"]
         if alpha in HEURISTICS and g.numel():
-            batch = layer.batch
-            # max_j |d loss_i / d a_ij|, without a copy of g, and such that squares do not overflow
-            largest = torch.maximum(g.amax(1), -g.amin(1)).double()
-            batch["rows"] = batch.get("rows", 0) + len(largest)
-            if alpha == "rms_gradient":
-                batch["sum"] = batch.get("sum", 0.0) + largest.dot(largest)
-            else:
-                value = largest.amax()
-                batch["max"] = torch.maximum(batch.get("max", value), value)
+            # max_j |d loss_i / d a_ij|
+            layer.batch.setdefault("largest", []).append(g.abs().amax(1))
 
     def refresh(self, layers: list[Layer]) -> None:
         self._update_alphas([layer for layer in layers if layer.state.get("examples")])
@@ -173,7 +168,7 @@ class ACP(KroneckerOptimizer):
         for layer in layers:
             if layer.group["alpha"] not in HEURISTICS:
                 layer.state["alpha"] = layer.group["alpha"]
-            elif "rows" in layer.batch:
+            elif "largest" in layer.batch:
                 estimated.append(layer)
         kinds: dict[tuple, list[Layer]] = {}
         for layer in estimated:
@@ -181,8 +176,9 @@ class ACP(KroneckerOptimizer):
             kinds.setdefault((covariance.device, covariance.dtype), []).append(layer)
         for same in kinds.values():
             estimates = torch.stack([self._estimate_alpha(layer) for layer in same])
+            like = {"dtype": estimates.dtype, "device": estimates.device}
             last = torch.stack(
-                [torch.as_tensor(layer.state.get("alpha", 0.0)).to(estimates) for layer in same]
+                [torch.as_tensor(layer.state.get("alpha", 0.0), **like) for layer in same]
             )
             # Rises at once and falls slowly: a batch that happens to be fitted well must not
             # shrink the metric, and so stretch the step, while momentum carries the last ones.
@@ -194,13 +190,13 @@ class ACP(KroneckerOptimizer):
                 layer.state["alpha"] = alpha
 
     def _estimate_alpha(self, layer: Layer) -> Tensor:
-        batch = layer.batch
-        scale = 1.0 / loss_scale(self._grad_scaler, layer.state["covariance"].device)
+        largest = joined(layer.batch["largest"]).double()  # whose squares do not overflow
+        scale = 1.0 / loss_scale(self._grad_scaler, largest.device)
         if layer.group["alpha"] == "rms_gradient":
             # alpha = sqrt(mean_i max_j (d loss_i / d a_ij)^2) for a mean over examples, whose
             # 1/n is undone; for a sum n times that: the step is the same.
-            return scale * (batch["sum"] * batch["rows"]).sqrt()
+            return torch.linalg.vector_norm(largest) * (scale * math.sqrt(len(largest)))
         if self._loss_reduction == "mean":
-            scale = scale * batch["rows"]
+            scale = scale * len(largest)
         # alpha = max_ij (d loss_i / d a_ij)^2
-        return (scale * batch["max"]).square()
+        return (scale * largest.amax()).square()

@@ -299,7 +299,9 @@ def squared_norm(updates: list[Update]) -> Tensor:
     squares: dict[torch.device, list[Tensor]] = {}
     for param, delta, alpha, grad in updates:
         grad = accumulate(param.grad if grad is None else grad).reshape(-1)
-        square = torch.dot(accumulate(delta).reshape(-1), grad) / alpha
+        square = torch.dot(accumulate(delta).reshape(-1), grad)
+        if isinstance(alpha, Tensor) or alpha != 1:
+            square = square / alpha
         squares.setdefault(square.device, []).append(square)
     first, *others = (torch.stack(here).sum(dtype=torch.float64) for here in squares.values())
     return sum((other.to(first.device) for other in others), first)

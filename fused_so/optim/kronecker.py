@@ -22,8 +22,9 @@ from fused_so import ops
 from fused_so._dtypes import accumulate_dtype
 from fused_so.optim.base import Update
 from fused_so.optim.factors import FactorOptimizer
-from fused_so.optim.layers import Layer, probe
-from fused_so.optim.products import outer_sum, rows_times
+from fused_so.optim.layers import Layer
+from fused_so.optim.products import outer_sum, product, rows_times
+from fused_so.optim.rows import Rows, layer_scales
 
 COLD = 0.2
 """The share of its length that the first update of a warm-up has."""
@@ -80,9 +81,10 @@ class KroneckerOptimizer(FactorOptimizer):
 
     def precondition(self, layers: list[Layer]) -> dict[Layer, tuple[Tensor, Tensor]]:
         """The updates of weight and bias of those layers that have an inverse."""
-        rows = {layer: self.gradient_rows(layer) for layer in layers if layer.inverted}
-        updates = {layer: self._from_rows(layer, *of) for layer, of in rows.items() if of}
-        others = [layer for layer in rows if layer not in updates]
+        layers = [layer for layer in layers if layer.inverted]
+        rows = self.gradient_rows(layers)
+        updates = {layer: self._from_rows(layer, *of) for layer, of in rows.items()}
+        others = [layer for layer in layers if layer not in updates]
         states = [layer.state for layer in others]
         gradients = [self.gradients(layer) for layer in others]
         # The inverse of the homogeneous factor, as in George 2017, eq. 6.2.4 and 6.2.5.
@@ -108,15 +110,16 @@ class KroneckerOptimizer(FactorOptimizer):
         # The same in fewer operations: dW = Go (g^T Z) and dW m = Go g^T (Z m), with
         # Z = c/alpha (h - 1 m^T) A.
         moves_bias = layer.bias is not None and layer.bias.grad is not None
-        ones = torch.full_like(h[:, 0], float(moves_bias))
+        ones = h.new_full((len(h),), float(moves_bias))
         z = ops.precondition(h, ones, mean, inverse, alpha=alpha / scale)[0]
+        offset, shift = grad_bias / alpha, z @ mean
         if output_inverse is None:
-            return outer_sum(g, z)[0], grad_bias / alpha - g.T @ (z @ mean)
+            return outer_sum(g, z)[0], torch.addmv(offset, g.T, shift, alpha=-1)
         if len(h) < z.shape[1]:  # Go g^T takes less than Go dW
             g = rows_times(g, output_inverse)
-            return outer_sum(g, z)[0], output_inverse @ (grad_bias / alpha) - g.T @ (z @ mean)
-        change = grad_bias / alpha - g.T @ (z @ mean)
-        return output_inverse @ outer_sum(g, z)[0], output_inverse @ change
+            return outer_sum(g, z)[0], torch.addmv(output_inverse @ offset, g.T, shift, alpha=-1)
+        offset = torch.addmv(offset, g.T, shift, alpha=-1)
+        return product(output_inverse, outer_sum(g, z)[0]), output_inverse @ offset
 
     def gradient_scale(self, layer: Layer) -> Tensor | float:
         """alpha, by which the preconditioned gradient is divided."""
@@ -210,26 +213,26 @@ class KroneckerOptimizer(FactorOptimizer):
         usable = h.dtype == g.dtype == accumulate_dtype(g.dtype)
         layer.batch["kept_rows"] = (h, g) if layer.prefers_rows and once and usable else None
 
-    def gradient_rows(self, layer: Layer) -> tuple[Tensor, Tensor, Tensor] | None:
-        """h, g and c with the layer's weight gradient = c g^T h, where both are known to agree.
+    def gradient_rows(self, layers: list[Layer]) -> dict[Layer, tuple[Tensor, Tensor, Tensor]]:
+        """h, g and c of the layers with a weight gradient that is known to be c g^T h.
 
         A loss may use a weight in other ways, several backward passes may have met, and
-        gradients may have been clipped (c) or changed. So both sides are multiplied by one random
-        vector and compared, and p.grad is what counts. None on a GPU, where that would mean
-        waiting for it.
+        gradients may have been clipped (c) or changed; p.grad is what counts. None of them on a
+        GPU, where knowing would mean waiting for it.
         """
-        rows, gradient = layer.batch.get("kept_rows"), layer.module.weight.grad
-        if rows is None or rows[0].dtype != gradient.dtype:
-            return None
-        h, g = rows
-        v = probe(h.shape[1], h.dtype, h.device)
-        product, weights = gradient @ v, h @ v
-        expected = g.T @ weights
-        scale = product.dot(expected) / expected.dot(expected)
-        # Rounding, in a sum of n products that may nearly cancel.
-        rounding = 8 * torch.finfo(h.dtype).eps * (g.abs().T @ weights.abs()).norm()
-        agree = (product - scale * expected).norm() <= scale.abs() * rounding
-        return (h, g, scale) if agree else None
+        kinds: dict[torch.dtype, list[tuple[Layer, Rows]]] = {}
+        for layer in layers:
+            rows, gradient = layer.batch.get("kept_rows"), layer.module.weight.grad
+            if rows is not None and rows[0].dtype == gradient.dtype:
+                h, g = rows
+                kinds.setdefault(h.dtype, []).append((layer, Rows(g, h, gradient, None)))
+        found = {}
+        for same in kinds.values():
+            scales = layer_scales([rows for _, rows in same])
+            for (layer, rows), scale in zip(same, scales, strict=True):
+                if scale is not None:
+                    found[layer] = (rows.h, rows.g, scale)
+        return found
 
     # What can be plotted.
 

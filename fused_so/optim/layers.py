@@ -26,6 +26,7 @@ class Layer:
     group: dict[str, Any] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
     batch: dict[str, Any] = field(default_factory=dict)
+    owns_bias: bool = False  # whether its bias is in the group
     averaged: bool = False  # since its inverses were last held against its statistics
     stale: bool = False
 
@@ -38,8 +39,7 @@ class Layer:
     def bias(self) -> nn.Parameter | None:
         """The bias, if it is trained with the weight."""
         bias = self.module.bias
-        owned = bias is not None and any(bias is p for p in self.group["params"])
-        return bias if owned and bias.requires_grad else None
+        return bias if self.owns_bias and bias.requires_grad else None
 
     @property
     def centered(self) -> bool:
@@ -123,11 +123,12 @@ class LayerOptimizer(ModelOptimizer):
     def _bind_layers(self) -> None:
         """Points every layer at its param group and state; loading a checkpoint replaces both."""
         for layer in self._layers:
-            weight = layer.module.weight
+            weight, bias = layer.module.weight, layer.module.bias
             layer.state = self.state[weight]
             layer.group = next(
                 g for g in self.param_groups if any(p is weight for p in g["params"])
             )
+            layer.owns_bias = any(p is bias for p in layer.group["params"])
 
     def _warn_of_plain_parameters(self) -> None:
         owned = {p for layer in self._layers for p in (layer.module.weight, layer.bias)}

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from fused_so._dtypes import accumulate
 from fused_so.optim.layers import probe
@@ -56,8 +57,25 @@ def combined(
 def common_scale(layers: Sequence[Rows]) -> Tensor | None:
     """c with b = c sum_i g_i (h_i, 1)^T, where that is so in every layer; else None.
 
+    Waits for the device.
+    """
+    products, expected, rounding = _probed(layers)
+    scale = (products * expected).sum() / expected.square().sum()
+    return scale if _agree(products, scale * expected, scale * rounding).all() else None
+
+
+def layer_scales(layers: Sequence[Rows]) -> list[Tensor | None]:
+    """The same for each layer by itself."""
+    products, expected, rounding = _probed(layers)
+    scales = (products * expected).sum(1) / expected.square().sum(1)
+    agree = _agree(products, scales[:, None] * expected, scales * rounding).tolist()
+    return [scale if yes else None for scale, yes in zip(scales.unbind(), agree, strict=True)]
+
+
+def _probed(layers: Sequence[Rows]) -> tuple[Tensor, Tensor, Tensor]:
+    """b and sum_i g_i (h_i, 1)^T times a random vector, a row a layer, and the second's rounding.
+
     A loss may use a weight in other ways, and gradients may have been clipped (c) or changed.
-    Both sides are multiplied by a random vector a layer and compared. Waits for the device.
     """
     gs, weights, products, expected = [], [], [], []
     for g, h, grad_weight, grad_bias in layers:
@@ -72,15 +90,14 @@ def common_scale(layers: Sequence[Rows]) -> Tensor | None:
             products.append(torch.addmv(accumulate(grad_bias), accumulate(grad_weight), x))
         gs.append(g)
         expected.append(g.T @ weights[-1])
-    p, e = torch.cat(products), torch.cat(expected)
-    scale = p.dot(e) / e.dot(e)
-    off = torch.stack(torch._foreach_norm((p - scale * e).split([len(x) for x in expected])))
     # Rounding, in sums of n products that may nearly cancel: |g|^T |w| is at most |g| |w|.
-    rounding = torch.stack(
-        torch._foreach_mul(torch._foreach_norm(gs), torch._foreach_norm(weights))
-    )
-    rounding *= 8 * torch.finfo(p.dtype).eps * scale.abs()
-    return scale if (off <= rounding).all() else None
+    sizes = torch._foreach_mul(torch._foreach_norm(gs), torch._foreach_norm(weights))
+    rounding = 8 * torch.finfo(gs[0].dtype).eps * torch.stack(sizes)
+    return pad_sequence(products, True), pad_sequence(expected, True), rounding
+
+
+def _agree(products: Tensor, expected: Tensor, rounding: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(products - expected, dim=1) <= rounding.abs()
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:

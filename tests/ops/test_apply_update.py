@@ -107,6 +107,36 @@ def test_huge_and_tiny_scales(scale):
             assert error <= 4 * eps * torch.clamp(largest, min=least)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_params_of_16_bits_are_rounded_to_the_nearest_even(dtype):
+    """0 - 1 Delta, for every number of the dtype, the middle to the next, and either side of it."""
+    numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).float()
+    middles = (numbers + torch.cat([numbers[1:], numbers[:1]])) / 2
+    updates = torch.cat(
+        [numbers, middles, *(torch.nextafter(middles, m) for m in (-numbers, 2 * numbers))]
+    )
+    tiny = torch.tensor([0.0, -0.0, 1e-45, -1e-30, 65519.996, 65520.0, 1e30, 3.4028235e38])
+    updates = torch.cat(
+        [updates, tiny, -tiny, torch.randn(4099) * 10.0 ** torch.randint(-9, 6, (4099,))]
+    )
+    params = torch.zeros(updates.shape, dtype=dtype)
+    apply_update_([params], [updates], [], lr=1.0)
+    expected = (0 - updates).to(dtype)
+    nan = expected.isnan()
+    assert torch.equal(params.isnan(), nan)
+    assert torch.equal(params[~nan].view(torch.int16), expected[~nan].view(torch.int16))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7, 70])
+def test_every_entry_is_updated_once_on_any_number_of_threads(threads):
+    shapes = [(65536,), (3,), (65537,), (200, 700)] + [(5,)] * 80
+    params, updates, _ = problem(RULES[0], shapes)
+    expected = clones(params)[0]
+    reference.apply_update_(expected, updates, [], **RULES[0])
+    budget.with_threads(threads, lambda: apply_update_(params, updates, [], **RULES[0]))
+    assert_agree(params, expected)
+
+
 def test_updates_of_any_strides():
     rule = RULES[3]
     params, _, buffers = problem(rule, [(6, 8), (10,), (3, 4, 5)])

@@ -292,6 +292,11 @@ def test_clip_grad_norm_scales_the_step():
         torch.testing.assert_close(old - p, expected, rtol=1e-5, atol=1e-12)
 
 
+class Cast(nn.Module):
+    def forward(self, x):
+        return x.float()
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
     ("change", "from_rows"),
@@ -305,12 +310,12 @@ def test_few_rows_are_preconditioned_before_their_product(change, from_rows, bia
     taken = []
     rows = optimizers[0].gradient_rows
 
-    def spy(layer):
-        taken.append(rows(layer))
+    def spy(layers):
+        taken.append(rows(layers))
         return taken[-1]
 
     monkeypatch.setattr(optimizers[0], "gradient_rows", spy)
-    monkeypatch.setattr(optimizers[1], "gradient_rows", lambda layer: None)
+    monkeypatch.setattr(optimizers[1], "gradient_rows", lambda layers: {})
     for _ in range(3):
         x = torch.randn(4, 30, dtype=DOUBLE) + 1
         for model, opt in zip(models, optimizers, strict=True):
@@ -325,8 +330,28 @@ def test_few_rows_are_preconditioned_before_their_product(change, from_rows, bia
             opt.step()
         for p, q in zip(*(model.parameters() for model in models), strict=True):
             torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
-        assert (taken[-1] is not None) == from_rows
+        assert (optimizers[0]._layers[0] in taken[-1]) == from_rows
         assert not optimizers[0]._layers[0].batch
+
+
+def test_rows_are_held_against_the_gradient_layer_by_layer():
+    model = nn.Sequential(nn.Linear(30, 40), nn.Linear(40, 60), nn.Linear(60, 50)).to(DOUBLE)
+    model[2].float()
+    model.insert(2, Cast())
+    opt = fused_so.ACP(model)
+    for _ in range(2):  # from the second step on rows are kept
+        opt.zero_grad()
+        loss = model(torch.randn(4, 30, dtype=DOUBLE)).square().sum()
+        (loss + 1e-3 * model[1].weight.square().sum()).backward()
+        model[0].weight.grad.mul_(0.5)
+        found = opt.gradient_rows(opt._layers)
+        opt.step()
+    first, _, last = opt._layers
+    assert list(found) == [first, last]
+    for layer, scale, rtol in ((first, 0.5, 1e-12), (last, 1.0, 1e-5)):
+        h, _, c = found[layer]
+        assert c.dtype == h.dtype == layer.module.weight.dtype
+        torch.testing.assert_close(c.double(), torch.tensor(scale, dtype=DOUBLE), rtol=rtol, atol=0)
 
 
 def test_true_gradient_is_left_in_grad():
