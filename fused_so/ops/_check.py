@@ -83,10 +83,13 @@ def apart(
     another is refused too. `names`, of all tensors in order, is asked for only when it comes to
     that."""
     tensors = [*written, *read]
-    # Fake and other tensors without memory of their own have subclasses, meta tensors no address.
+    # Fake and other tensors without memory are of a subclass; meta tensors have no address.
     if torch.compiler.is_compiling() or not set(map(type, tensors)) <= {Tensor, Parameter}:
         return
-    begins = [t.data_ptr() for t in tensors]
+    try:
+        begins = [t.data_ptr() for t in tensors]
+    except RuntimeError:  # those of the transforms of torch.func, of no subclass
+        return
     ends = [begin + t.nbytes for begin, t in zip(begins, written, strict=False)]
     ends += [
         begin + (t.nbytes if t.is_contiguous() else _extent(t))
