@@ -52,6 +52,7 @@ class FisherOptimizer(KroneckerOptimizer):
         grad_scaler: torch.amp.GradScaler | None,
     ):
         likelihood = None if likelihood is None else likelihood_of(likelihood)
+        unasked = likelihood is None and factors is None
         factors = factors or ("empirical" if likelihood is None else "sampled")
         check_choice("factors", factors, FACTORS)
         if likelihood is None and factors != "empirical":
@@ -71,6 +72,14 @@ class FisherOptimizer(KroneckerOptimizer):
         if likelihood is not None:
             # After the passes, whose own gradients at the outputs are none of the loss.
             self._batch_loss = BatchLoss(self._model, likelihood)
+        if unasked:
+            self._warn_once(
+                ("likelihood",),
+                "without the likelihood of the loss the factors are 'empirical': they vanish faster "
+                "than the gradient where the fit is good, and steps may grow without bound; pass "
+                "likelihood= (the nn loss you train with, ...), or factors='empirical' if you mean "
+                "it",
+            )
 
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)

@@ -66,7 +66,8 @@ class KFAC(FisherOptimizer):
             of the curvature at the outputs; the same expectation, less noise. "exact": that
             expectation, with as many passes as there are outputs. "empirical": of the loss
             itself, a mean over rows (with a likelihood of reduction "sum" a sum), in one backward
-            pass a step; no extra pass, but no Fisher, and it vanishes where the fit is good.
+            pass a step; no extra pass, but no Fisher, and it vanishes faster than the gradient
+            where the fit is good: without a likelihood, whose loss bounds them, steps then grow.
         structure: "block_diagonal", or "block_tridiagonal", which also models the interaction of
             each layer with the next (section 3.3; the layers in the order of `model.modules()`,
             each called once in a forward pass) for eigendecompositions at each refresh and about
@@ -89,8 +90,9 @@ class KFAC(FisherOptimizer):
             step on a quadratic loss of minimum 0 has 2. It takes over where the curvature, and
             with it max_norm, vanishes, as where a classifier fits its data. The loss (with
             weight_decay the objective) is read off the gradients at the outputs of the model, and
-            taken to be that of the likelihood: where it has other terms, updates are too short
-            once the rest is fit. Without a likelihood, or with None, there is no such bound.
+            taken to be that of the likelihood: other terms of it are not counted, so that a
+            penalty on the weights is better given as weight_decay. Without a likelihood, or with
+            None, there is no such bound.
         warmup: the number of first steps over which updates grow from a fifth to their full
             length; 0 for none.
         recipe: None, or "paper" for the whole of Martens and Grosse 2015 (sections 6 and 7 of the

@@ -57,7 +57,10 @@ class TONGA(LayerOptimizer):
 
     Args:
         model: the module to train.
-        lr: the learning rate, >= 0.
+        lr: the learning rate, >= 0, in units of the loss: an update, before momentum, predicts that
+            the loss falls by up to lr. The default is for losses of nats an example; a smaller
+            one, like a mean squared error, needs a smaller lr, with momentum such that
+            lr / (1 - momentum) is below the loss.
         damping: epsilon >= 0, in units of squared gradients of one example. The default is there
             for gradients that are mere rounding, of a model that fits all its data.
         relative_damping: delta >= 0, relative to the mean of the n eigenvalues that an uncentered
