@@ -219,6 +219,9 @@ class KFAC(FisherOptimizer):
         else:
             self._recipe.update()
 
+    def _wants_loss(self) -> bool:
+        return self._recipe is None and super()._wants_loss()
+
     def diagnostics(self) -> dict[str, Any]:
         """As for every Kronecker optimizer; with recipe="paper" also "damping" (lambda), "gamma",
         "ratio", of the last evaluated change of the loss to the predicted one; "norm" is that of
