@@ -120,7 +120,7 @@ class Likelihood(ABC):
         """L, from its gradient with respect to the outputs in place of the targets.
 
         The sum for the reduction "none". `Categorical` needs no N: of terms that are ignored or
-        weighted by a factor, the gradient is so too.
+        weighted by a factor, the gradient is so too. Never negative, whatever the score is.
 
         Args:
             outputs: as for `value`.
@@ -484,7 +484,7 @@ class Categorical(Likelihood):
         dim = _class_dim(x)
         least, target = score.min(dim, keepdim=True)
         log_p = x.log_softmax(dim).gather(dim, target)
-        return (-least * torch.where(log_p < 0, log_p / log_p.expm1(), 1.0)).sum()
+        return (-least.clamp(max=0) * torch.where(log_p < 0, log_p / log_p.expm1(), 1.0)).sum()
 
     def _sample(
         self, x: Tensor, targets: Tensor | None, generator: torch.Generator | None

@@ -272,6 +272,11 @@ def test_a_score_of_no_probability_counts_as_that_of_0_or_1():
     close(Bernoulli().value_from_score(f, score), F.binary_cross_entropy_with_logits(f, y))
 
 
+def test_a_score_of_no_target_has_the_value_0():
+    f = draw(6, 4)
+    assert Categorical().value_from_score(f, f.softmax(1)) == 0
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_the_score_tells_the_value_of_weighted_classes(reduction):
     f, y = draw(7, 3).requires_grad_(), classes((7,), 3)

@@ -6,12 +6,15 @@ known, and with them the gradient at the outputs says what the targets were.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from fused_so._dtypes import accumulate
 from fused_so.capture import Hook
 from fused_so.likelihoods import Likelihood
+from fused_so.optim.base import loss_scale
 
 
 class BatchLoss:
@@ -20,10 +23,11 @@ class BatchLoss:
     Args:
         model: called as `model(...)`, to return the one tensor that the loss is of.
         likelihood: that of the loss.
+        wanted: asked after every forward pass; outputs and gradients of others are not held.
     """
 
-    def __init__(self, model: nn.Module, likelihood: Likelihood):
-        self._likelihood = likelihood
+    def __init__(self, model: nn.Module, likelihood: Likelihood, wanted: Callable[[], bool]):
+        self._likelihood, self._wanted = likelihood, wanted
         self._passes: list[tuple[Tensor, Tensor]] = []
         self._handle = model.register_forward_hook(Hook(self._watch))
 
@@ -35,27 +39,37 @@ class BatchLoss:
 
     @torch.compiler.disable
     def _watch(self, module: nn.Module, args: tuple, outputs: Tensor) -> None:
-        if not (isinstance(outputs, Tensor) and outputs.requires_grad):
+        if not (isinstance(outputs, Tensor) and outputs.requires_grad and self._wanted()):
             return
         known, version = outputs.detach(), outputs._version
 
         def keep(g: Tensor) -> None:
             # Outputs that were written over since say nothing any more.
-            if g.numel() and known._version == version:
+            if _has_memory(g) and g.numel() and known._version == version:
                 self._passes.append((known, g.detach()))
 
         outputs.register_hook(keep)
 
-    def value(self, scale: Tensor | float = 1.0) -> Tensor | None:
+    def value(self, grad_scaler: torch.amp.GradScaler | None = None) -> Tensor | None:
         """L, with its reduction; None if no backward pass has come through the outputs.
 
         Of several passes the mean, each taken to have been divided by their number, as where
-        gradients are accumulated. `scale` is what L was multiplied by, for a GradScaler.
+        gradients are accumulated; the sum if L is one.
         """
         if not self._passes:
             return None
-        count = len(self._passes)
-        return sum(
-            self._likelihood.value_from_score(outputs, accumulate(g) * (count / scale)) / count
-            for outputs, g in self._passes
-        )
+        count = 1 if self._likelihood.reduction in ("sum", "none") else len(self._passes)
+        values = []
+        for outputs, g in self._passes:
+            score = accumulate(g) * (count / loss_scale(grad_scaler, g.device))
+            values.append(self._likelihood.value_from_score(outputs, score))
+        return sum(value.to(values[0].device) for value in values) / count
+
+
+def _has_memory(x: Tensor) -> bool:
+    """Whether x holds numbers that outlive the pass; not under the transforms of torch.func."""
+    try:
+        x.data_ptr()
+    except RuntimeError:
+        return False
+    return True

@@ -71,14 +71,14 @@ class FisherOptimizer(KroneckerOptimizer):
             )
         if likelihood is not None:
             # After the passes, whose own gradients at the outputs are none of the loss.
-            self._batch_loss = BatchLoss(self._model, likelihood)
+            self._batch_loss = BatchLoss(self._model, likelihood, self._wants_loss)
         if unasked:
             self._warn_once(
                 ("likelihood",),
-                "without the likelihood of the loss the factors are 'empirical': they vanish faster "
-                "than the gradient where the fit is good, and steps may grow without bound; pass "
-                "likelihood= (the nn loss you train with, ...), or factors='empirical' if you mean "
-                "it",
+                "without the likelihood of the loss the factors are 'empirical': they vanish "
+                "faster than the gradient where the fit is good, and steps may grow without bound; "
+                "pass likelihood= (the nn loss you train with, ...), or factors='empirical' if you "
+                "mean it",
             )
 
     def check_group(self, group: dict[str, Any]) -> None:
@@ -158,19 +158,22 @@ class FisherOptimizer(KroneckerOptimizer):
         # F is that of the loss; the bound is on twice the divergence an example, N / n of it.
         return layer.state["scale"]
 
+    def _wants_loss(self) -> bool:
+        return any(group["max_decrease"] is not None for group in self.param_groups)
+
     def largest_decrease(self, group: dict[str, Any]) -> Tensor | None:
         """max_decrease times the batch's objective, loss + eta / 2 |theta|^2, over alpha."""
         if self._batch_loss is None or group["max_decrease"] is None:
             return None
         layers = [layer for layer in self._layers if layer.group is group and layer.inverted]
-        device = layers[0].module.weight.device
-        objective = self._batch_loss.value(loss_scale(self._grad_scaler, device))
+        objective = self._batch_loss.value(self._grad_scaler)
         if objective is None:
             return None
         if group["weight_decay"]:
             params = [p for layer in layers for p in (layer.module.weight, layer.bias)]
-            squares = [accumulate(p).square().sum().to(device) for p in params if p is not None]
-            objective = objective + group["weight_decay"] / 2 * sum(squares)
+            squares = [accumulate(p).square().sum() for p in params if p is not None]
+            penalty = sum(square.to(objective.device) for square in squares)
+            objective = objective + group["weight_decay"] / 2 * penalty
         return group["max_decrease"] / self.curvature_scale(layers[0]) * objective
 
     def mean_variances(self, layer: Layer) -> tuple[Tensor, Tensor]:

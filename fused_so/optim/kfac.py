@@ -85,14 +85,14 @@ class KFAC(FisherOptimizer):
             (a "KL clip"): its square is twice the divergence, in nats an example, by which the
             update changes the model's distribution, to second order and as the factors have it;
             in a deep network it may really change it by much more. None for no bound.
-        max_decrease: an upper bound for the decrease of the loss that an update predicts, before
-            lr: its product with the gradient, in multiples of the loss of the batch; Newton's
-            step on a quadratic loss of minimum 0 has 2. It takes over where the curvature, and
-            with it max_norm, vanishes, as where a classifier fits its data. The loss (with
-            weight_decay the objective) is read off the gradients at the outputs of the model, and
-            taken to be that of the likelihood: other terms of it are not counted, so that a
-            penalty on the weights is better given as weight_decay. Without a likelihood, or with
-            None, there is no such bound.
+        max_decrease: an upper bound for the decrease of the loss that the update of a param group
+            predicts, before lr: its product with the gradient, in multiples of the loss of the
+            batch; Newton's step on a quadratic loss of minimum 0 has 2. It takes over where the
+            curvature, and with it max_norm, vanishes, as where a classifier fits its data. The
+            loss (with weight_decay the objective) is read off the gradients at the outputs of the
+            model, and taken to be that of the likelihood: other terms of it are not counted, so
+            that a penalty on the weights is better given as weight_decay. Without a likelihood,
+            or with None, there is no such bound.
         warmup: the number of first steps over which updates grow from a fifth to their full
             length; 0 for none.
         recipe: None, or "paper" for the whole of Martens and Grosse 2015 (sections 6 and 7 of the
@@ -220,6 +220,9 @@ class KFAC(FisherOptimizer):
             super()._update()
         else:
             self._recipe.update()
+
+    def _wants_loss(self) -> bool:
+        return self._recipe is None and super()._wants_loss()
 
     def diagnostics(self) -> dict[str, Any]:
         """As for every Kronecker optimizer; with recipe="paper" also "damping" (lambda), "gamma",

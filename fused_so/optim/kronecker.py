@@ -220,12 +220,14 @@ class KroneckerOptimizer(FactorOptimizer):
         gradients may have been clipped (c) or changed; p.grad is what counts. None of them on a
         GPU, where knowing would mean waiting for it.
         """
-        kinds: dict[torch.dtype, list[tuple[Layer, Rows]]] = {}
+        kinds: dict[tuple, list[tuple[Layer, Rows]]] = {}
         for layer in layers:
             rows, gradient = layer.batch.get("kept_rows"), layer.module.weight.grad
             if rows is not None and rows[0].dtype == gradient.dtype:
                 h, g = rows
-                kinds.setdefault(h.dtype, []).append((layer, Rows(g, h, gradient, None)))
+                kinds.setdefault((h.dtype, h.device), []).append(
+                    (layer, Rows(g, h, gradient, None))
+                )
         found = {}
         for same in kinds.values():
             scales = layer_scales([rows for _, rows in same])

@@ -26,8 +26,9 @@ class Preconditioner:
             optimizer.step()
 
     `step` replaces the gradients of weights and biases that a layer owns by the preconditioned
-    ones, times the factor that keeps their norm below `max_norm`; other gradients stay. Clip or
-    unscale gradients before. If a gradient is not finite, those of its param group become zero.
+    ones, times the factor that keeps them within `max_norm` and `max_decrease`; other gradients
+    stay. Clip or unscale gradients before. If a gradient is not finite, those of its param group
+    become zero.
 
     Args:
         method: `fused_so.CGD`, `ACP`, `NNN`, `KFAC` or `EKFAC`.

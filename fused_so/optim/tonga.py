@@ -252,6 +252,7 @@ def _trace(states: list[dict[str, Any]], like: Tensor) -> Tensor | None:
 def _average_trace(states: list[dict[str, Any]], trace: Tensor, decay: float) -> None:
     """Adds a batch's s to every layer's average; one that is not finite is forgotten."""
     for state in states:
-        before = state.get("trace", torch.nan_to_num(trace, 0.0, 0.0))
-        after = torch.lerp(before.to(trace), trace, 1 - decay)
+        before = state.get("trace", torch.zeros_like(trace)).to(trace)
+        # 0: no batch has been averaged yet
+        after = torch.lerp(torch.where(before > 0, before, trace), trace, 1 - decay)
         state["trace"] = torch.where(torch.isfinite(trace), after, before)

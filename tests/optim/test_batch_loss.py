@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 import fused_so
 from fused_so.optim.batch_loss import BatchLoss
@@ -15,11 +18,15 @@ KINDS = tuple(LIKELIHOODS)
 METHODS = {"KFAC": fused_so.KFAC, "EKFAC": fused_so.EKFAC}
 
 
+def always():
+    return True
+
+
 @pytest.mark.parametrize("reduction", ["mean", "batchmean", "sum"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_loss_is_found(kind, reduction):
     model = chain(4, 5, 3)
-    watch = BatchLoss(model, LIKELIHOODS[kind](reduction))
+    watch = BatchLoss(model, LIKELIHOODS[kind](reduction), always)
     assert watch.value() is None
     x, y = torch.randn(7, 4, dtype=DOUBLE), targets(kind, 7, 3)
     loss = loss_of(kind, model(x), y, reduction)
@@ -33,7 +40,7 @@ def test_the_loss_is_found(kind, reduction):
 @pytest.mark.parametrize("kind", KINDS)
 def test_accumulated_batches_count_as_their_mean(kind):
     model = chain(4, 5, 3)
-    watch = BatchLoss(model, LIKELIHOODS[kind]("mean"))
+    watch = BatchLoss(model, LIKELIHOODS[kind]("mean"), always)
     losses = []
     for n in (7, 7, 5):
         x, y = torch.randn(n, 4, dtype=DOUBLE), targets(kind, n, 3)
@@ -42,19 +49,47 @@ def test_accumulated_batches_count_as_their_mean(kind):
     torch.testing.assert_close(watch.value(), sum(losses).detach() / 3)
 
 
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("kind", [*KINDS, "soft"])
+def test_several_passes_of_a_sum_are_summed(kind, reduction):
+    model, losses = chain(4, 5, 3), []
+    watch = BatchLoss(model, LIKELIHOODS.get(kind, fused_so.Bernoulli)(reduction=reduction), always)
+    for n in (7, 5):
+        x = torch.randn(n, 4, dtype=DOUBLE)
+        if kind == "soft":
+            y = torch.rand(n, 3, dtype=DOUBLE)
+            losses.append(F.binary_cross_entropy_with_logits(model(x), y, reduction="sum"))
+        else:
+            losses.append(loss_of(kind, model(x), targets(kind, n, 3), "sum"))
+    sum(losses).backward()
+    torch.testing.assert_close(watch.value(), sum(losses).detach())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_scaled_loss_is_found_from_its_scale(kind):
     model = chain(4, 5, 3)
-    watch = BatchLoss(model, LIKELIHOODS[kind]("mean"))
+    watch = BatchLoss(model, LIKELIHOODS[kind]("mean"), always)
     x, y = torch.randn(7, 4, dtype=DOUBLE), targets(kind, 7, 3)
     loss = loss_of(kind, model(x), y)
-    (1024 * loss).backward()
-    torch.testing.assert_close(watch.value(torch.tensor(1024.0)), loss.detach())
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(loss).backward()
+    torch.testing.assert_close(watch.value(scaler), loss.detach())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_outputs_may_be_on_several_devices(kind):
+    watch = BatchLoss(chain(4, 5, 3), LIKELIHOODS[kind]("mean"), always)
+    scaler = torch.amp.GradScaler("cpu")
+    with FakeTensorMode():
+        scaler._scale = torch.ones((), device="cuda:0")
+        for device in ("cuda:1", "cuda:0"):
+            watch._passes.append((torch.ones(7, 3, device=device), torch.ones(7, 3, device=device)))
+        assert watch.value(scaler).device == torch.device("cuda:1")
 
 
 def test_outputs_that_tell_nothing_are_passed_over():
     model = chain(4, 5, 3)
-    watch = BatchLoss(model, fused_so.Gaussian())
+    watch = BatchLoss(model, fused_so.Gaussian(), always)
     x = torch.randn(7, 4, dtype=DOUBLE)
     with torch.no_grad():
         model(x)
@@ -66,6 +101,58 @@ def test_outputs_that_tell_nothing_are_passed_over():
     watch.remove()
     model(x).sum().backward()
     assert watch.value() is None
+
+
+def outputs_of(model, params, x):
+    return torch.func.functional_call(model, params, (x,))
+
+
+def loss_of_one(model, params, x, y):
+    return F.cross_entropy(outputs_of(model, params, x[None]), y[None])
+
+
+TRANSFORMS = {
+    "vmap of grad": lambda model, params, x, y: torch.func.vmap(
+        torch.func.grad(partial(loss_of_one, model)), (None, 0, 0)
+    )(params, x, y),
+    "jacrev": lambda model, params, x, y: torch.func.jacrev(partial(outputs_of, model))(params, x),
+    "grad": lambda model, params, x, y: torch.func.grad(partial(loss_of_one, model))(
+        params, x[0], y[0]
+    ),
+    "vectorized jacobian": lambda model, params, x, y: torch.autograd.functional.jacobian(
+        model, x, vectorize=True
+    ),
+    "batched gradients": lambda model, params, x, y: torch.autograd.grad(
+        model(x), list(params.values()), torch.eye(9, dtype=DOUBLE).reshape(9, 3, 3),
+        is_grads_batched=True,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_derivatives_by_transforms_are_no_batches_of_the_loss(transform):
+    model = chain(4, 5, 3)
+    x, y = torch.randn(3, 4, dtype=DOUBLE), torch.randint(0, 3, (3,))
+    params = dict(model.named_parameters())
+    expected = transform(model, params, x, y)
+    watch = BatchLoss(model, fused_so.Categorical(), always)
+    torch.testing.assert_close(transform(model, params, x, y), expected)
+    loss = F.cross_entropy(model(x), y)
+    loss.backward()
+    torch.testing.assert_close(watch.value(), loss.detach())
+
+
+@pytest.mark.parametrize("options", [{"max_decrease": None}, {"recipe": "paper"}])
+def test_nothing_is_held_where_nothing_is_bounded(options):
+    model = chain(4, 5, 3)
+    opt = fused_so.KFAC(model, likelihood=fused_so.Gaussian(), **options)
+    x = torch.randn(7, 4, dtype=DOUBLE)
+    model(x).square().mean().backward()
+    assert opt._batch_loss.value() is None
+    if "max_decrease" in options:
+        opt.param_groups[0]["max_decrease"] = 1.0
+        model(x).square().mean().backward()
+        assert opt._batch_loss.value() is not None
 
 
 # The bound.
@@ -109,6 +196,18 @@ def test_the_passes_of_the_curvature_are_no_batches_of_the_loss(method):
         torch.testing.assert_close(opt._batch_loss.value(), loss.detach())
         opt.zero_grad()
         assert opt._batch_loss.value() is None
+
+
+def test_no_step_goes_uphill_where_the_loss_has_other_terms():
+    # With this one all gradients at the outputs are positive, as of no target.
+    model, x = chain(4, 5, 3), torch.randn(30, 4, dtype=DOUBLE)
+    opt = fused_so.KFAC(model, likelihood=fused_so.Categorical(), warmup=0)
+    before = parameters(model)
+    outputs = model(x)
+    (F.cross_entropy(outputs, outputs.argmax(1)) + 100 * outputs.mean()).backward()
+    opt.step()
+    assert opt.diagnostics()["bound"] == [0]
+    assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
 
 
 def test_without_a_likelihood_there_is_no_bound():
@@ -170,3 +269,14 @@ def test_a_classifier_that_fits_its_data_stays_fit(structure):
             with torch.no_grad():
                 losses.append(F.cross_entropy(model(x), y).item())
     assert max(losses) < 2e-3
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_factors_that_nobody_asked_for_come_with_a_warning(method, recwarn):
+    METHODS[method](chain(4, 3), factors="empirical")
+    METHODS[method](chain(4, 3), likelihood=fused_so.Gaussian())
+    assert not recwarn
+    with pytest.warns(
+        UserWarning, match="without the likelihood .* pass likelihood= .* or factors"
+    ):
+        METHODS[method](chain(4, 3))

@@ -172,6 +172,22 @@ def test_the_average_outlives_a_checkpoint_and_a_bad_batch():
     assert "trace" not in alone.state[fresh[0].weight]
 
 
+@pytest.mark.filterwarnings("ignore:TONGA. a gradient is not finite")
+@pytest.mark.parametrize("first", [math.nan, math.inf, 0.0])
+def test_the_average_begins_with_the_first_batch_that_tells(first):
+    models = [chain(5, 4, 3) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    (x, y), traces = data(), []
+    for model, factors in zip(models, ((1.0,), (first, 1.0)), strict=True):
+        opt = fused_so.TONGA(model, 0.0)
+        for factor in factors:
+            opt.zero_grad()
+            (factor * (model(x) - y).square().mean()).backward()
+            opt.step()
+        traces.append(opt.state[model[0].weight]["trace"])
+    assert torch.equal(*traces)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
 @pytest.mark.parametrize("centered", [False, True])
 @pytest.mark.parametrize("decay", [None, 0.9])
