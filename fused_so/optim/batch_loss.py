@@ -16,9 +16,14 @@ from fused_so.capture import Hook
 from fused_so.likelihoods import Likelihood
 from fused_so.optim.base import loss_scale
 
+MOST_PASSES = 64
+
 
 class BatchLoss:
     """Watches one model's outputs for the backward passes of a loss.
+
+    After more than MOST_PASSES of them it gives up until the next step and holds nothing: steps may
+    have ended, with the hooks still on the model.
 
     Args:
         model: called as `model(...)`, to return the one tensor that the loss is of.
@@ -29,6 +34,7 @@ class BatchLoss:
     def __init__(self, model: nn.Module, likelihood: Likelihood, wanted: Callable[[], bool]):
         self._likelihood, self._wanted = likelihood, wanted
         self._passes: list[tuple[Tensor, Tensor]] = []
+        self._gave_up = False
         self._handle = model.register_forward_hook(Hook(self._watch))
 
     def remove(self) -> None:
@@ -36,22 +42,30 @@ class BatchLoss:
 
     def forget(self) -> None:
         self._passes.clear()
+        self._gave_up = False
 
     @torch.compiler.disable
     def _watch(self, module: nn.Module, args: tuple, outputs: Tensor) -> None:
-        if not (isinstance(outputs, Tensor) and outputs.requires_grad and self._wanted()):
+        if not (isinstance(outputs, Tensor) and outputs.requires_grad):
+            return
+        if self._gave_up or not self._wanted():
             return
         known, version = outputs.detach(), outputs._version
 
         def keep(g: Tensor) -> None:
             # Outputs that were written over since say nothing any more.
-            if _has_memory(g) and g.numel() and known._version == version:
-                self._passes.append((known, g.detach()))
+            told = _has_memory(g) and g.numel() and known._version == version
+            if self._gave_up or not told:
+                return
+            self._passes.append((known, g.detach()))
+            if len(self._passes) > MOST_PASSES:
+                self._passes.clear()
+                self._gave_up = True
 
         outputs.register_hook(keep)
 
     def value(self, grad_scaler: torch.amp.GradScaler | None = None) -> Tensor | None:
-        """L, with its reduction; None if no backward pass has come through the outputs.
+        """L, with its reduction; None if no backward pass, or too many, came through the outputs.
 
         Of several passes the mean, each taken to have been divided by their number, as where
         gradients are accumulated; the sum if L is one.

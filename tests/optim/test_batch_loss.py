@@ -11,7 +11,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 import fused_so
-from fused_so.optim.batch_loss import BatchLoss
+from fused_so.optim.batch_loss import MOST_PASSES, BatchLoss
 from tests.optim.nets import DOUBLE, LIKELIHOODS, bare, chain, loss_of, parameters, targets
 
 KINDS = tuple(LIKELIHOODS)
@@ -153,6 +153,21 @@ def test_nothing_is_held_where_nothing_is_bounded(options):
         opt.param_groups[0]["max_decrease"] = 1.0
         model(x).square().mean().backward()
         assert opt._batch_loss.value() is not None
+
+
+def test_what_nobody_asks_for_is_not_held_for_ever():
+    model = chain(4, 5, 3)
+    opt = fused_so.KFAC(model, likelihood=fused_so.Gaussian())
+    x = torch.randn(7, 4, dtype=DOUBLE)
+    for passes in range(1, MOST_PASSES + 5):
+        (model(x).square().mean() / MOST_PASSES).backward()
+        known = passes <= MOST_PASSES
+        assert len(opt._batch_loss._passes) == (passes if known else 0)
+        assert (opt._batch_loss.value() is not None) == known
+    opt.step()
+    assert opt.diagnostics()["bound"][0] > 0
+    model(x).square().mean().backward()
+    assert opt._batch_loss.value() is not None
 
 
 # The bound.
