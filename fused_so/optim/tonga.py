@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_so._dtypes import accumulate
+from fused_so.likelihoods import Likelihood, likelihood_of
 from fused_so.ops import _check
 from fused_so.optim.base import (
     Update,
@@ -18,6 +19,7 @@ from fused_so.optim.base import (
     check_number,
     loss_scale,
 )
+from fused_so.optim.batch_loss import BatchLoss
 from fused_so.optim.gram import damped_step
 from fused_so.optim.layers import Layer, LayerOptimizer
 from fused_so.optim.past import draw, with_past
@@ -59,8 +61,9 @@ class TONGA(LayerOptimizer):
         model: the module to train.
         lr: the learning rate, >= 0, in units of the loss: an update, before momentum, predicts that
             the loss falls by up to lr. The default is for losses of nats an example; a smaller
-            one, like a mean squared error, needs a smaller lr, with momentum such that
-            lr / (1 - momentum) is below the loss.
+            one, like a mean squared error, needs its likelihood, or a smaller lr, with momentum
+            such that lr / (1 - momentum) is below the loss.
+        likelihood: that of the loss, as for `KFAC`, if the loss is to bound the updates.
         damping: epsilon >= 0, in units of squared gradients of one example. The default is there
             for gradients that are mere rounding, of a model that fits all its data.
         relative_damping: delta >= 0, relative to the mean of the n eigenvalues that an uncentered
@@ -78,12 +81,17 @@ class TONGA(LayerOptimizer):
         weight_decay: >= 0, outside the metric: added to the update times the parameter.
         max_norm: an upper bound for the norm of a param group's update in its damped metric; None
             for no bound.
+        max_decrease: with a likelihood, an upper bound for the decrease of the loss that the update
+            of a param group predicts, as for `KFAC`; None for no bound. With momentum beta,
+            lr max_decrease / (1 - beta) of the loss may be predicted to go at a time, by default
+            all of it.
         loss_reduction: "mean" if the loss is a mean over examples, "sum" if it is a sum. The step
             is the same.
         grad_scaler: the torch.amp.GradScaler in use, if any; rows are seen before they are
             unscaled.
         params: parameters or param groups; by default all of the model's that require a gradient.
-            A group may set any option but decay, directions, loss_reduction and grad_scaler.
+            A group may set any option but likelihood, decay, directions, loss_reduction and
+            grad_scaler.
 
     Raises:
         TypeError, ValueError: an option out of its range, a model without trainable nn.Linear,
@@ -105,6 +113,7 @@ class TONGA(LayerOptimizer):
         lr: float = 0.5,
         damping: float = 1e-8,
         *,
+        likelihood: Likelihood | nn.Module | None = None,
         relative_damping: float = 0.1,
         damping_decay: float | None = 0.99,
         centered: bool = False,
@@ -114,6 +123,7 @@ class TONGA(LayerOptimizer):
         nesterov: bool = True,
         weight_decay: float = 0.0,
         max_norm: float | None = None,
+        max_decrease: float | None = 0.2,
         loss_reduction: str = "mean",
         grad_scaler: torch.amp.GradScaler | None = None,
         params: Iterable | None = None,
@@ -122,6 +132,7 @@ class TONGA(LayerOptimizer):
         _check_decay("decay", decay)
         check_count("directions", directions)
         check_grad_scaler(grad_scaler)
+        likelihood = None if likelihood is None else likelihood_of(likelihood)
         self._decay, self._directions = decay, directions
         self._loss_reduction, self._grad_scaler = loss_reduction, grad_scaler
         options = {
@@ -134,8 +145,12 @@ class TONGA(LayerOptimizer):
             "nesterov": nesterov,
             "weight_decay": weight_decay,
             "max_norm": max_norm,
+            "max_decrease": max_decrease,
         }
+        self._batch_loss: BatchLoss | None = None
         super().__init__(model, options, params)
+        if likelihood is not None:
+            self._batch_loss = BatchLoss(self._model, likelihood, self._wants_loss)
 
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)
@@ -143,6 +158,8 @@ class TONGA(LayerOptimizer):
         check_number("relative_damping", group["relative_damping"], 0.0)
         if not group["damping"] and not group["relative_damping"]:
             raise ValueError("damping or relative_damping must be positive, got 0 for both")
+        if group["max_decrease"] is not None:
+            check_number("max_decrease", group["max_decrease"], 0.0, positive=True)
         _check_decay("damping_decay", group["damping_decay"])
         _check.boolean("centered", group["centered"])
 
@@ -165,8 +182,31 @@ class TONGA(LayerOptimizer):
             found.append((group, kinds))
         for group, kinds in found:
             updates, squares = [u for u, _ in kinds], [square for _, square in kinds]
-            for same, bound in zip(updates, self._bounds(group, updates, squares), strict=True):
+            decreases = [self._largest_decrease(group, same) for same in updates]
+            bounds = self._bounds(group, updates, squares, decreases)
+            for same, bound in zip(updates, bounds, strict=True):
                 self._apply(group, same, bound)
+
+    def _wants_loss(self) -> bool:
+        return any(group["max_decrease"] is not None for group in self.param_groups)
+
+    def _largest_decrease(self, group: dict[str, Any], updates: list[Update]) -> Tensor | None:
+        """max_decrease times the batch's loss, over alpha; None of plain gradients."""
+        preconditioned = updates[0].delta is not updates[0].param.grad
+        if self._batch_loss is None or group["max_decrease"] is None or not preconditioned:
+            return None
+        loss = self._batch_loss.value(self._grad_scaler)
+        return None if loss is None else group["max_decrease"] / updates[0].alpha * loss
+
+    def _forget_batch(self) -> None:
+        super()._forget_batch()
+        if self._batch_loss is not None:
+            self._batch_loss.forget()
+
+    def remove_hooks(self) -> None:
+        super().remove_hooks()
+        if self._batch_loss is not None:
+            self._batch_loss.remove()
 
     def _blocks(self, group: dict[str, Any]) -> list[list[tuple[Layer, Rows]]]:
         """The group's layers with what they received, those with equally many rows together."""

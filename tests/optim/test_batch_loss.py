@@ -225,6 +225,49 @@ def test_no_step_goes_uphill_where_the_loss_has_other_terms():
     assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("decay", [None, 0.9])
+@pytest.mark.parametrize("reduction", ["mean", "batchmean", "sum"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_tonga_predicts_no_larger_decrease(kind, reduction, decay):
+    model = nn.Sequential(chain(4, 5, 3), nn.LayerNorm(3, dtype=DOUBLE))
+    opt = fused_so.TONGA(
+        model, lr=1e-3, momentum=0.0, decay=decay, max_decrease=1e-3,
+        likelihood=LIKELIHOODS[kind](reduction),
+        loss_reduction="sum" if reduction == "sum" else "mean",
+    )  # fmt: skip
+    for _ in range(2):
+        x, y = torch.randn(30, 4, dtype=DOUBLE), targets(kind, 30, 3)
+        opt.zero_grad()
+        loss = loss_of(kind, model(x), y, reduction)
+        loss.backward()
+        before = parameters(model)
+        opt.step()
+        changes = [
+            (old - new.detach()) / 1e-3 for old, new in zip(before, model.parameters(), strict=True)
+        ]
+        *layers, gain, offset = zip(changes, model.parameters(), strict=True)
+        decrease = sum((change * p.grad).sum() for change, p in layers)
+        torch.testing.assert_close(decrease, 1e-3 * loss.detach())
+        for change, p in (gain, offset):  # no linear layer's: unbounded
+            torch.testing.assert_close(change, p.grad)
+    assert opt._batch_loss.value() is None
+
+
+def test_tonga_descends_on_a_small_loss_whose_likelihood_it_knows():
+    # Without it the loss grows tenfold within 50 updates.
+    model = chain(6, 8, 2, 8, 6)
+    x = torch.rand(64, 2, dtype=DOUBLE) @ torch.rand(2, 6, dtype=DOUBLE)
+    opt = fused_so.TONGA(model, likelihood=nn.MSELoss())
+    losses = []
+    for _ in range(200):
+        opt.zero_grad()
+        losses.append(F.mse_loss(model(x), x))
+        losses[-1].backward()
+        opt.step()
+    assert max(losses) < 1.5 * losses[0]
+    assert losses[-1] < 0.05 * losses[0]
+
+
 def test_without_a_likelihood_there_is_no_bound():
     models = [chain(4, 5, 3) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
