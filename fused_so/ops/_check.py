@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -109,7 +110,9 @@ def _extent(x: Tensor) -> int:
     return x.element_size() * (1 + sum((size - 1) * stride for size, stride in steps))
 
 
-def _raise_on_overlap(begins, ends, written, names):
+def _raise_on_overlap(
+    begins: list[int], ends: list[int], written: int, names: Callable[[], list[str]]
+) -> None:
     """Tensors that are read may overlap one another; the first `written` may overlap none."""
     spans = [
         (begin, end, i)
@@ -127,13 +130,9 @@ def _raise_on_overlap(begins, ends, written, names):
                 f"{named[first]} is updated in place and must not overlap {named[second]} in "
                 f"memory, got {min(end, last) - begin} bytes in common"
             )
-        farthest = max(farthest, span, key=_end)
+        farthest = max(farthest, span, key=itemgetter(1))
         if span[2] < written:
-            farthest_written = max(farthest_written, span, key=_end)
-
-
-def _end(span: tuple[int, int, int]) -> int:
-    return span[1]
+            farthest_written = max(farthest_written, span, key=itemgetter(1))
 
 
 def within(name: str, value: float, low: float, high: float) -> None:

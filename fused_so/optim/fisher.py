@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from fused_so._dtypes import accumulate
 from fused_so.likelihoods import Likelihood, likelihood_of
-from fused_so.optim.base import check_choice, check_grad_scaler, check_number, loss_scale
-from fused_so.optim.batch_loss import BatchLoss
+from fused_so.optim.base import check_choice, check_grad_scaler, loss_scale
 from fused_so.optim.factors import Factor
 from fused_so.optim.kronecker import KroneckerOptimizer
 from fused_so.optim.layers import Layer
@@ -63,7 +62,6 @@ class FisherOptimizer(KroneckerOptimizer):
         check_grad_scaler(grad_scaler)
         self._likelihood, self._factors, self._grad_scaler = likelihood, factors, grad_scaler
         self._passes: OutputPasses | None = None
-        self._batch_loss: BatchLoss | None = None
         super().__init__(model, defaults, params)
         if factors != "empirical":
             self._passes = OutputPasses(
@@ -71,7 +69,7 @@ class FisherOptimizer(KroneckerOptimizer):
             )
         if likelihood is not None:
             # After the passes, whose own gradients at the outputs are none of the loss.
-            self._batch_loss = BatchLoss(self._model, likelihood, self._wants_loss)
+            self._watch_loss(likelihood)
         if unasked:
             self._warn_once(
                 ("likelihood",),
@@ -80,11 +78,6 @@ class FisherOptimizer(KroneckerOptimizer):
                 "pass likelihood= (the nn loss you train with, ...), or factors='empirical' if you "
                 "mean it",
             )
-
-    def check_group(self, group: dict[str, Any]) -> None:
-        super().check_group(group)
-        if group["max_decrease"] is not None:
-            check_number("max_decrease", group["max_decrease"], 0.0, positive=True)
 
     def _choices(self) -> dict[str, Any]:
         return {**super()._choices(), "factors": self._factors}
@@ -158,17 +151,12 @@ class FisherOptimizer(KroneckerOptimizer):
         # F is that of the loss; the bound is on twice the divergence an example, N / n of it.
         return layer.state["scale"]
 
-    def _wants_loss(self) -> bool:
-        return any(group["max_decrease"] is not None for group in self.param_groups)
-
     def largest_decrease(self, group: dict[str, Any]) -> Tensor | None:
         """max_decrease times the batch's objective, loss + eta / 2 |theta|^2, over alpha."""
-        if self._batch_loss is None or group["max_decrease"] is None:
-            return None
-        layers = [layer for layer in self._layers if layer.group is group and layer.inverted]
-        objective = self._batch_loss.value(self._grad_scaler)
+        objective = self._loss_bounding(group)
         if objective is None:
             return None
+        layers = [layer for layer in self._layers if layer.group is group and layer.inverted]
         if group["weight_decay"]:
             params = [p for layer in layers for p in (layer.module.weight, layer.bias)]
             squares = [accumulate(p).square().sum() for p in params if p is not None]
@@ -187,13 +175,7 @@ class FisherOptimizer(KroneckerOptimizer):
             c = torch.maximum(c, _LEAST_VARIANCE * layer.state["mean"].square().mean())
         return tuple(torch.where(m > 0, m, torch.finfo(m.dtype).tiny ** 0.5) for m in (c, k))
 
-    def _forget_batch(self) -> None:
-        super()._forget_batch()
-        if self._batch_loss is not None:
-            self._batch_loss.forget()
-
     def remove_hooks(self) -> None:
         super().remove_hooks()
-        for hooks in (self._passes, self._batch_loss):
-            if hooks is not None:
-                hooks.remove()
+        if self._passes is not None:
+            self._passes.remove()

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from fused_so.capture import Capture
-from fused_so.optim.base import ModelOptimizer
+from fused_so.likelihoods import Likelihood
+from fused_so.optim.base import ModelOptimizer, check_number
+from fused_so.optim.batch_loss import BatchLoss
 
 
 @dataclass(eq=False)
@@ -70,6 +72,7 @@ class LayerOptimizer(ModelOptimizer):
     def __init__(self, model: nn.Module, defaults: dict[str, Any], params: Iterable | None = None):
         self._layers: list[Layer] = []
         self._captures: list[Capture] = []
+        self._batch_loss: BatchLoss | None = None
         super().__init__(model, defaults, params)
         self._adopt()
         if not self._layers:
@@ -181,11 +184,34 @@ class LayerOptimizer(ModelOptimizer):
     def _forget_batch(self) -> None:
         for layer in self._layers:
             layer.batch.clear()
+        if self._batch_loss is not None:
+            self._batch_loss.forget()
+
+    # The loss, for the optimizers that bound an update by the decrease that it predicts.
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        super().check_group(group)
+        if group.get("max_decrease") is not None:
+            check_number("max_decrease", group["max_decrease"], 0.0, positive=True)
+
+    def _watch_loss(self, likelihood: Likelihood) -> None:
+        self._batch_loss = BatchLoss(self._model, likelihood, self._wants_loss)
+
+    def _wants_loss(self) -> bool:
+        return any(group["max_decrease"] is not None for group in self.param_groups)
+
+    def _loss_bounding(self, group: dict[str, Any]) -> Tensor | None:
+        """The batch's loss, if it is known and bounds the group's updates."""
+        if self._batch_loss is None or group["max_decrease"] is None:
+            return None
+        return self._batch_loss.value(self._grad_scaler)
 
     def remove_hooks(self) -> None:
         """Detaches the optimizer from the model; it can no longer learn statistics."""
         for capture in self._captures:
             capture.remove()
+        if self._batch_loss is not None:
+            self._batch_loss.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resumes bit for bit from `state_dict`; nothing is changed if it is not of this model.

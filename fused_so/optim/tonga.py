@@ -19,7 +19,6 @@ from fused_so.optim.base import (
     check_number,
     loss_scale,
 )
-from fused_so.optim.batch_loss import BatchLoss
 from fused_so.optim.gram import damped_step
 from fused_so.optim.layers import Layer, LayerOptimizer
 from fused_so.optim.past import draw, with_past
@@ -147,10 +146,9 @@ class TONGA(LayerOptimizer):
             "max_norm": max_norm,
             "max_decrease": max_decrease,
         }
-        self._batch_loss: BatchLoss | None = None
         super().__init__(model, options, params)
         if likelihood is not None:
-            self._batch_loss = BatchLoss(self._model, likelihood, self._wants_loss)
+            self._watch_loss(likelihood)
 
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)
@@ -158,8 +156,6 @@ class TONGA(LayerOptimizer):
         check_number("relative_damping", group["relative_damping"], 0.0)
         if not group["damping"] and not group["relative_damping"]:
             raise ValueError("damping or relative_damping must be positive, got 0 for both")
-        if group["max_decrease"] is not None:
-            check_number("max_decrease", group["max_decrease"], 0.0, positive=True)
         _check_decay("damping_decay", group["damping_decay"])
         _check.boolean("centered", group["centered"])
 
@@ -187,26 +183,12 @@ class TONGA(LayerOptimizer):
             for same, bound in zip(updates, bounds, strict=True):
                 self._apply(group, same, bound)
 
-    def _wants_loss(self) -> bool:
-        return any(group["max_decrease"] is not None for group in self.param_groups)
-
     def _largest_decrease(self, group: dict[str, Any], updates: list[Update]) -> Tensor | None:
         """max_decrease times the batch's loss, over alpha; None of plain gradients."""
-        preconditioned = updates[0].delta is not updates[0].param.grad
-        if self._batch_loss is None or group["max_decrease"] is None or not preconditioned:
+        if updates[0].delta is updates[0].param.grad:
             return None
-        loss = self._batch_loss.value(self._grad_scaler)
+        loss = self._loss_bounding(group)
         return None if loss is None else group["max_decrease"] / updates[0].alpha * loss
-
-    def _forget_batch(self) -> None:
-        super()._forget_batch()
-        if self._batch_loss is not None:
-            self._batch_loss.forget()
-
-    def remove_hooks(self) -> None:
-        super().remove_hooks()
-        if self._batch_loss is not None:
-            self._batch_loss.remove()
 
     def _blocks(self, group: dict[str, Any]) -> list[list[tuple[Layer, Rows]]]:
         """The group's layers with what they received, those with equally many rows together."""
