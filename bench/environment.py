@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+_CPU_NUMBERS = {"cpu family": "family", "model": "model"}
+
 
 def environment() -> dict[str, Any]:
     """The machine, the software and the moment, as far as they can be known."""
@@ -38,8 +40,12 @@ def _cpu_model() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.processor() or platform.machine()
+    parts = (line.partition(":") for line in lines)
+    # Of the first core; a virtual machine's name may be that of many generations.
+    first = {name.strip(): value.strip() for name, _, value in reversed(list(parts))}
+    numbers = [f"{name} {first[key]}" for key, name in _CPU_NUMBERS.items() if key in first]
+    name = first.get("model name") or platform.processor() or platform.machine()
+    return f"{name} ({', '.join(numbers)})" if numbers else name
 
 
 def _git(*arguments: str) -> str | None:
