@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils.hooks import RemovableHandle
 
 
 class Capture:
@@ -22,11 +24,10 @@ class Capture:
         self.active = True
         self.edges: list[GradientEdge] | None = None
         self.rows = 0
-        self._module = module
         self._receive = receive
-        self._handle = module.register_forward_hook(self, with_kwargs=True)
+        self._handle = hook(module.register_forward_hook, self._watch, with_kwargs=True)
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+    def _watch(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
         if not (self.active and output.requires_grad):
             return
         h = (args[0] if args else kwargs["input"]).detach()
@@ -42,19 +43,27 @@ class Capture:
     def remove(self) -> None:
         self._handle.remove()
 
-    def __reduce__(self):
-        # A copied or pickled model must neither feed nor drag along this model's optimizer.
-        return inert, ()
+
+def hook(
+    register: Callable[..., RemovableHandle], method: Callable, *first: object, **options: bool
+) -> RemovableHandle:
+    """register(method), with `first` as its first arguments, for as long as its object lives."""
+    handle = register(_Hook(method, *first), **options)
+    weakref.finalize(method.__self__, handle.remove).atexit = False
+    return handle
 
 
-class Hook:
-    """A hook on a module that a copied or pickled model does not drag along."""
+class _Hook:
+    """A method as a hook, by which the model neither keeps an optimizer that nobody else holds
+    any more, nor drags it along where the model is copied or pickled."""
 
-    def __init__(self, function: Callable):
-        self._function = function
+    def __init__(self, method: Callable, *first: object):
+        self._method, self._first = weakref.WeakMethod(method), first
 
     def __call__(self, *arguments) -> None:
-        self._function(*arguments)
+        method = self._method()
+        if method is not None:
+            method(*self._first, *arguments)
 
     def __reduce__(self):
         return inert, ()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_so._dtypes import accumulate
-from fused_so.capture import Hook
+from fused_so.capture import hook
 from fused_so.likelihoods import Likelihood
 from fused_so.optim.base import loss_scale
 
@@ -35,7 +35,7 @@ class BatchLoss:
         self._likelihood, self._wanted = likelihood, wanted
         self._passes: list[tuple[Tensor, Tensor]] = []
         self._gave_up = False
-        self._handle = model.register_forward_hook(Hook(self._watch))
+        self._handle = hook(model.register_forward_hook, self._watch)
 
     def remove(self) -> None:
         self._handle.remove()

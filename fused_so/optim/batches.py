@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fused_so.capture import inert
+from fused_so.capture import hook
 
 
 class Batch(NamedTuple):
@@ -32,9 +32,9 @@ class Watch:
         self.batches: list[Batch] = []
         # A compiled model and the module it wraps have the same parameters.
         self.module = getattr(model, "_orig_mod", model)
-        self._handle = model.register_forward_hook(self, with_kwargs=True)
+        self._handle = hook(model.register_forward_hook, self._watch, with_kwargs=True)
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+    def _watch(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         if not (self.active and torch.is_grad_enabled()):
             return
         if not isinstance(output, Tensor):
@@ -66,10 +66,6 @@ class Watch:
 
     def remove(self) -> None:
         self._handle.remove()
-
-    def __reduce__(self):
-        # A copied or pickled model must neither feed nor drag along this model's optimizer.
-        return inert, ()
 
 
 def batch_of(inputs: Any) -> Batch:

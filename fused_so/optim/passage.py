@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_so._dtypes import accumulate
-from fused_so.capture import Hook
+from fused_so.capture import hook
 from fused_so.optim.chain import Link
 
 
@@ -56,17 +56,18 @@ class Watch:
     ):
         self._links, self._check, self._receive = links, check, receive
         self._passage: Passage | None = None
-        hooks = [(link.linear, _hook(self._enter, i)) for i, link in enumerate(links)]
         self._handles = [
-            module.register_forward_hook(hook, with_kwargs=True)
-            for module, hook in (*hooks, (last, _hook(self._end)))
+            hook(link.linear.register_forward_hook, self._enter, i, with_kwargs=True)
+            for i, link in enumerate(links)
         ]
+        self._handles.append(hook(last.register_forward_hook, self._end, with_kwargs=True))
 
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
 
-    def _enter(self, index: int, h: Tensor, output: Tensor) -> None:
+    def _enter(self, index: int, _: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+        (h,) = (*args, *kwargs.values())
         if index == 0:
             self._passage = None
             if torch.is_grad_enabled():
@@ -86,7 +87,7 @@ class Watch:
         if index and h.requires_grad:
             _keep_gradient(h, passage, index - 1)
 
-    def _end(self, _: Tensor, output: Tensor) -> None:
+    def _end(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
         passage, self._passage = self._passage, None
         if passage is None or not output.requires_grad or passage.inputs[-1] is None:
             return
@@ -100,10 +101,3 @@ def _keep_gradient(h: Tensor, passage: Passage, index: int) -> None:
         passage.signals[index] = gradient.detach()
 
     h.register_hook(keep)
-
-
-def _hook(call: Callable, *first: object) -> Hook:
-    def run(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
-        call(*first, *args, *kwargs.values(), output)
-
-    return Hook(run)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_so._dtypes import accumulate
-from fused_so.capture import Capture, Hook
+from fused_so.capture import Capture, hook
 from fused_so.likelihoods import Categorical, Likelihood
 
 SAMPLED = ("sampled", "gauss_newton", "exact")
@@ -56,8 +56,8 @@ class OutputPasses:
         self._likelihood, self._kind = likelihood, kind
         self._captures, self._wanted = captures, wanted
         self._handles = [
-            model.register_forward_pre_hook(Hook(self._begin)),
-            model.register_forward_hook(Hook(self._end)),
+            hook(model.register_forward_pre_hook, self._begin),
+            hook(model.register_forward_hook, self._end),
         ]
 
     def remove(self) -> None:

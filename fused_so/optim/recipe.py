@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fused_so.capture import Hook
+from fused_so.capture import hook
 from fused_so.optim.base import Update
 from fused_so.optim.kronecker import KroneckerOptimizer
 
@@ -53,8 +53,8 @@ class PaperRecipe:
         self._random = torch.get_rng_state()
         model = optimizer._model
         self._handles = [
-            model.register_forward_pre_hook(Hook(self._begin)),
-            model.register_forward_hook(Hook(self._keep), with_kwargs=True),
+            hook(model.register_forward_pre_hook, self._begin),
+            hook(model.register_forward_hook, self._keep, with_kwargs=True),
         ]
 
     def diagnostics(self) -> dict[str, Any]:

@@ -905,7 +905,7 @@ def test_bad_steps_and_models_are_named():
             return super().forward(x), x
 
     pair = Two(5, 3)
-    fused_so.NaturalGradient(pair, likelihood=fused_so.Gaussian())
+    opt = fused_so.NaturalGradient(pair, likelihood=fused_so.Gaussian())
     with pytest.raises(TypeError, match="model must return one Tensor, .* got tuple"):
         pair(torch.randn(2, 5))
 
