@@ -32,7 +32,7 @@ class Capture:
         h = (args[0] if args else kwargs["input"]).detach()
 
         def hand_over(g: Tensor) -> None:
-            self._receive(h.reshape(-1, h.shape[-1]), g.detach().reshape(-1, g.shape[-1]))
+            self._receive(_as_matrix(h), _as_matrix(g.detach()))
 
         output.register_hook(hand_over)
         if self.edges is not None:
@@ -45,6 +45,10 @@ class Capture:
     def __reduce__(self):
         # A copied or pickled model must neither feed nor drag along this model's optimizer.
         return inert, ()
+
+
+def _as_matrix(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 class Hook:

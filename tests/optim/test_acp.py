@@ -110,6 +110,44 @@ def test_alpha_is_estimated_per_layer_and_batch(heuristic, reduction):
     assert False in followed
 
 
+@pytest.mark.parametrize("heuristic", ["max_squared_gradient", "rms_gradient"])
+@pytest.mark.parametrize("second", [DOUBLE, torch.float32])
+def test_alphas_of_layers_with_other_rows_and_dtypes_are_those_of_each_alone(heuristic, second):
+    dtypes = (DOUBLE, second, DOUBLE)
+    layers = [nn.Linear(6, 5, dtype=dtype) for dtype in dtypes]
+    together = fused_so.ACP(nn.ModuleList(layers), lr=0.0, alpha=heuristic)
+    alone = [fused_so.ACP(copy.deepcopy(layer), lr=0.0, alpha=heuristic) for layer in layers]
+    for _ in range(2):
+        xs = [torch.randn(n, 6, dtype=dtype) for n, dtype in zip((4, 9, 9), dtypes, strict=True)]
+        together.zero_grad()
+        sum(layer(x).square().sum() for layer, x in zip(layers, xs, strict=True)).backward()
+        together.step()
+        for opt, x in zip(alone, xs, strict=True):
+            opt.zero_grad()
+            opt._model(x).square().sum().backward()
+            opt.step()
+    for layer, opt in zip(layers, alone, strict=True):
+        ours, single = together.state[layer.weight]["alpha"], opt.state[opt._model.weight]["alpha"]
+        assert ours.dtype == layer.weight.dtype
+        torch.testing.assert_close(ours, single)
+
+
+@pytest.mark.parametrize("heuristic", ["max_squared_gradient", "rms_gradient"])
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_gradient_that_is_not_finite_leaves_alpha(heuristic, bad):
+    model = chain(4, 3)
+    opt = fused_so.ACP(model, alpha=heuristic)
+    x = torch.randn(9, 4, dtype=DOUBLE)
+    backward(model, x)
+    opt.step()
+    before = opt.state[model[0].weight]["alpha"].clone()
+    opt.zero_grad()
+    (bad * model(x).sum()).backward()
+    with pytest.warns(UserWarning, match="gradient is not finite"):
+        opt.step()
+    assert torch.equal(opt.state[model[0].weight]["alpha"], before)
+
+
 def test_ten_steps_follow_an_independent_loop():
     """The whole algorithm in plain PyTorch: averages, amortization, damping, clip, momentum."""
     torch.manual_seed(1)
