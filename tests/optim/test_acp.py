@@ -338,10 +338,18 @@ class Cast(nn.Module):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
     ("change", "from_rows"),
-    [("nothing", True), ("clip", True), ("penalty", False), ("two passes", False)],
+    [
+        ("nothing", True),
+        ("clip", True),
+        ("penalty", False),
+        ("bias penalty", False),
+        ("two passes", False),
+    ],
 )
 def test_few_rows_are_preconditioned_before_their_product(change, from_rows, bias, monkeypatch):
     """4 rows of a 30 -> 40 layer: n (in + out) < in out. p.grad is what counts all the same."""
+    if change == "bias penalty" and not bias:
+        pytest.skip("no bias")
     models = [nn.Linear(30, 40, bias=bias, dtype=DOUBLE) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     optimizers = [fused_so.ACP(model, max_norm=None, alpha=2.0) for model in models]
@@ -362,6 +370,8 @@ def test_few_rows_are_preconditioned_before_their_product(change, from_rows, bia
                 loss = model(part).square().sum()
                 if change == "penalty":
                     loss = loss + 1e-3 * model.weight.square().sum()
+                if change == "bias penalty":
+                    loss = loss + 1e-3 * model.bias.square().sum()
                 loss.backward()
             if change == "clip":
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -381,7 +391,8 @@ def test_rows_are_held_against_the_gradient_layer_by_layer():
         opt.zero_grad()
         loss = model(torch.randn(4, 30, dtype=DOUBLE)).square().sum()
         (loss + 1e-3 * model[1].weight.square().sum()).backward()
-        model[0].weight.grad.mul_(0.5)
+        for param in model[0].parameters():
+            param.grad.mul_(0.5)
         found = opt.gradient_rows(opt._layers)
         opt.step()
     first, _, last = opt._layers
