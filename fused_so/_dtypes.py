@@ -12,4 +12,6 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def accumulate(x: Tensor) -> Tensor:
-    return x.to(accumulate_dtype(x.dtype))
+    # A conversion to the dtype that x already has costs as much as a small op.
+    dtype = accumulate_dtype(x.dtype)
+    return x if x.dtype == dtype else x.to(dtype)

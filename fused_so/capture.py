@@ -33,7 +33,7 @@ class Capture:
         h = (args[0] if args else kwargs["input"]).detach()
 
         def hand_over(g: Tensor) -> None:
-            self._receive(h.reshape(-1, h.shape[-1]), g.detach().reshape(-1, g.shape[-1]))
+            self._receive(_as_matrix(h), _as_matrix(g.detach()))
 
         output.register_hook(hand_over)
         if self.edges is not None:
@@ -42,6 +42,10 @@ class Capture:
 
     def remove(self) -> None:
         self._handle.remove()
+
+
+def _as_matrix(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 def hook(

@@ -164,39 +164,37 @@ class ACP(KroneckerOptimizer):
         }
 
     def _update_alphas(self, layers: list[Layer]) -> None:
-        estimated = []
+        kinds: dict[tuple, list[tuple[Layer, Tensor]]] = {}
         for layer in layers:
-            if layer.group["alpha"] not in HEURISTICS:
-                layer.state["alpha"] = layer.group["alpha"]
+            heuristic = layer.group["alpha"]
+            if heuristic not in HEURISTICS:
+                layer.state["alpha"] = heuristic
             elif "largest" in layer.batch:
-                estimated.append(layer)
-        kinds: dict[tuple, list[Layer]] = {}
-        for layer in estimated:
-            covariance = layer.state["covariance"]
-            kinds.setdefault((covariance.device, covariance.dtype), []).append(layer)
-        for same in kinds.values():
-            estimates = torch.stack([self._estimate_alpha(layer) for layer in same])
-            like = {"dtype": estimates.dtype, "device": estimates.device}
-            last = torch.stack(
-                [torch.as_tensor(layer.state.get("alpha", 0.0), **like) for layer in same]
-            )
+                largest, dtype = joined(layer.batch["largest"]), layer.state["covariance"].dtype
+                kind = (heuristic, dtype, largest.device, largest.dtype, largest.shape)
+                kinds.setdefault(kind, []).append((layer, largest))
+        for (heuristic, dtype, device, *_), same in kinds.items():
+            estimates = self._estimates(heuristic, torch.stack([largest for _, largest in same]))
+            last = [layer.state.get("alpha", 0.0) for layer, _ in same]
+            last = torch.stack([torch.as_tensor(a, dtype=dtype, device=device) for a in last])
+            last = last.double()
             # Rises at once and falls slowly: a batch that happens to be fitted well must not
             # shrink the metric, and so stretch the step, while momentum carries the last ones.
             alphas = torch.maximum(estimates, _ALPHA_DECAY * last)
             last = torch.where(last > 0, last, 1.0)
-            alphas = torch.where(torch.isfinite(alphas) & (alphas > 0), alphas, last)
-            alphas = alphas.to(same[0].state["covariance"].dtype)
-            for layer, alpha in zip(same, alphas.unbind(), strict=True):
+            alphas = torch.where((alphas > 0) & (alphas < math.inf), alphas, last).to(dtype)
+            for (layer, _), alpha in zip(same, alphas.unbind(), strict=True):
                 layer.state["alpha"] = alpha
 
-    def _estimate_alpha(self, layer: Layer) -> Tensor:
-        largest = joined(layer.batch["largest"]).double()  # whose squares do not overflow
+    def _estimates(self, heuristic: str, largest: Tensor) -> Tensor:
+        """alpha of every layer, whose examples' largest derivatives are a row of `largest`."""
+        largest, n = largest.double(), largest.shape[1]  # whose squares do not overflow
         scale = 1.0 / loss_scale(self._grad_scaler, largest.device)
-        if layer.group["alpha"] == "rms_gradient":
+        if heuristic == "rms_gradient":
             # alpha = sqrt(mean_i max_j (d loss_i / d a_ij)^2) for a mean over examples, whose
             # 1/n is undone; for a sum n times that: the step is the same.
-            return torch.linalg.vector_norm(largest) * (scale * math.sqrt(len(largest)))
+            return torch.linalg.vector_norm(largest, dim=1) * (scale * math.sqrt(n))
         if self._loss_reduction == "mean":
-            scale = scale * len(largest)
+            scale = scale * n
         # alpha = max_ij (d loss_i / d a_ij)^2
-        return (scale * largest.amax()).square()
+        return (scale * largest.amax(1)).square()

@@ -296,15 +296,26 @@ def squared_norm(updates: list[Update]) -> Tensor:
 
     Delta = F^-1 g, so that this is Delta^T g / alpha, without a product with F.
     """
-    squares: dict[torch.device, list[Tensor]] = {}
+    devices: dict[torch.device, tuple[list[Tensor], list[Tensor | float]]] = {}
     for param, delta, alpha, grad in updates:
         grad = accumulate(param.grad if grad is None else grad).reshape(-1)
-        square = torch.dot(accumulate(delta).reshape(-1), grad)
-        if isinstance(alpha, Tensor) or alpha != 1:
-            square = square / alpha
-        squares.setdefault(square.device, []).append(square)
-    first, *others = (torch.stack(here).sum(dtype=torch.float64) for here in squares.values())
+        dots, alphas = devices.setdefault(grad.device, ([], []))
+        dots.append(torch.dot(accumulate(delta).reshape(-1), grad))
+        alphas.append(alpha)
+    first, *others = (_quotients(*here).sum(dtype=torch.float64) for here in devices.values())
     return sum((other.to(first.device) for other in others), first)
+
+
+def _quotients(values: list[Tensor], alphas: list[Tensor | float]) -> Tensor:
+    """values / alphas, stacked; with one division where all alphas are tensors."""
+    if all([isinstance(alpha, Tensor) for alpha in alphas]):
+        return torch.stack(values) / torch.stack(alphas)
+    return torch.stack([over(x, alpha) for x, alpha in zip(values, alphas, strict=True)])
+
+
+def over(x: Tensor, alpha: Tensor | float) -> Tensor:
+    """x / alpha, in which the number 1 takes no op."""
+    return x / alpha if isinstance(alpha, Tensor) or alpha != 1 else x
 
 
 def _by_kind(updates: list[Update]) -> list[list[Update]]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fused_so import ops
 from fused_so._dtypes import accumulate_dtype
-from fused_so.optim.base import Update
+from fused_so.optim.base import Update, over
 from fused_so.optim.factors import FactorOptimizer
 from fused_so.optim.layers import Layer
 from fused_so.optim.products import outer_sum, product, rows_times
@@ -103,23 +103,19 @@ class KroneckerOptimizer(FactorOptimizer):
     def _from_rows(
         self, layer: Layer, h: Tensor, g: Tensor, scale: Tensor
     ) -> tuple[Tensor, Tensor]:
-        state = layer.state
-        mean, inverse, alpha = self.mean(layer), state["inverse"], self.gradient_scale(layer)
-        output_inverse = state.get("output_inverse")
-        _, grad_bias = self.gradients(layer)
-        # The same in fewer operations: dW = Go (g^T Z) and dW m = Go g^T (Z m), with
-        # Z = c/alpha (h - 1 m^T) A.
+        state, output_inverse = layer.state, layer.state.get("output_inverse")
+        # The same in fewer operations: dW = Go g^T Z and db = Go g^T r, with
+        # Z = c/alpha (h - 1 m^T) A and r = c/alpha 1 - Z m.
         moves_bias = layer.bias is not None and layer.bias.grad is not None
         ones = h.new_full((len(h),), float(moves_bias))
-        z = ops.precondition(h, ones, mean, inverse, alpha=alpha / scale)[0]
-        offset, shift = grad_bias / alpha, z @ mean
+        alpha = over(scale, self.gradient_scale(layer)).reciprocal()
+        z, r = ops.precondition(h, ones, self.mean(layer), state["inverse"], alpha=alpha)
         if output_inverse is None:
-            return outer_sum(g, z)[0], torch.addmv(offset, g.T, shift, alpha=-1)
+            return outer_sum(g, z)[0], g.T @ r
         if len(h) < z.shape[1]:  # Go g^T takes less than Go dW
             g = rows_times(g, output_inverse)
-            return outer_sum(g, z)[0], torch.addmv(output_inverse @ offset, g.T, shift, alpha=-1)
-        offset = torch.addmv(offset, g.T, shift, alpha=-1)
-        return product(output_inverse, outer_sum(g, z)[0]), output_inverse @ offset
+            return outer_sum(g, z)[0], g.T @ r
+        return product(output_inverse, outer_sum(g, z)[0]), output_inverse @ (g.T @ r)
 
     def gradient_scale(self, layer: Layer) -> Tensor | float:
         """alpha, by which the preconditioned gradient is divided."""
@@ -214,7 +210,7 @@ class KroneckerOptimizer(FactorOptimizer):
         layer.batch["kept_rows"] = (h, g) if layer.prefers_rows and once and usable else None
 
     def gradient_rows(self, layers: list[Layer]) -> dict[Layer, tuple[Tensor, Tensor, Tensor]]:
-        """h, g and c of the layers with a weight gradient that is known to be c g^T h.
+        """h, g and c of the layers with gradients that are known to be c g^T h and c g^T 1.
 
         A loss may use a weight in other ways, several backward passes may have met, and
         gradients may have been clipped (c) or changed; p.grad is what counts. None of them on a
@@ -224,10 +220,9 @@ class KroneckerOptimizer(FactorOptimizer):
         for layer in layers:
             rows, gradient = layer.batch.get("kept_rows"), layer.module.weight.grad
             if rows is not None and rows[0].dtype == gradient.dtype:
-                h, g = rows
-                kinds.setdefault((h.dtype, h.device), []).append(
-                    (layer, Rows(g, h, gradient, None))
-                )
+                (h, g), bias = rows, layer.bias
+                of = Rows(g, h, gradient, None if bias is None else bias.grad)
+                kinds.setdefault((h.dtype, h.device), []).append((layer, of))
         found = {}
         for same in kinds.values():
             scales = layer_scales([rows for _, rows in same])

@@ -40,8 +40,10 @@ class Layer:
     @property
     def bias(self) -> nn.Parameter | None:
         """The bias, if it is trained with the weight."""
+        if not self.owns_bias:
+            return None
         bias = self.module.bias
-        return bias if self.owns_bias and bias.requires_grad else None
+        return bias if bias.requires_grad else None
 
     @property
     def centered(self) -> bool:

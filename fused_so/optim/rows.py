@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fused_so._dtypes import accumulate
 from fused_so.optim.layers import probe
-from fused_so.optim.products import outer_sum
+from fused_so.optim.products import outer_sum, vector_times
 
 
 class Rows(NamedTuple):
@@ -42,10 +42,9 @@ def combined(
     layers: Sequence[Rows], coefficients: Tensor, direct: Tensor | None
 ) -> list[tuple[Tensor, Tensor | None]]:
     """sum_i c_i g_i (h_i, 1)^T, plus `direct` times the gradients."""
-    updates = []
+    updates, column = [], coefficients[:, None]
     for g, h, grad_weight, grad_bias in layers:
-        g, h = accumulate(g), accumulate(h)
-        delta, offset = outer_sum(g * coefficients[:, None], h)
+        delta, offset = outer_sum(accumulate(g) * column, accumulate(h))
         if direct is not None:
             delta = delta.addcmul_(accumulate(grad_weight), direct)
             if grad_bias is not None:
@@ -59,45 +58,62 @@ def common_scale(layers: Sequence[Rows]) -> Tensor | None:
 
     Waits for the device.
     """
-    products, expected, rounding = _probed(layers)
-    scale = (products * expected).sum() / expected.square().sum()
-    return scale if _agree(products, scale * expected, scale * rounding).all() else None
+    probed = _probed(layers)
+    if probed.expected.numel() == 1:  # a multiple of any other number
+        return None
+    scale = (probed.products * probed.expected).sum() / probed.expected.square().sum()
+    return scale if _agree(layers, probed, scale).all() else None
 
 
 def layer_scales(layers: Sequence[Rows]) -> list[Tensor | None]:
-    """The same for each layer by itself."""
-    products, expected, rounding = _probed(layers)
-    scales = (products * expected).sum(1) / expected.square().sum(1)
-    agree = _agree(products, scales[:, None] * expected, scales * rounding).tolist()
+    """The same for each layer by itself, all of them with more than one input or a bias."""
+    probed = _probed(layers)
+    scales = (probed.products * probed.expected).sum(1) / probed.expected.square().sum(1)
+    agree = _agree(layers, probed, scales).tolist()
     return [scale if yes else None for scale, yes in zip(scales.unbind(), agree, strict=True)]
 
 
-def _probed(layers: Sequence[Rows]) -> tuple[Tensor, Tensor, Tensor]:
-    """b and sum_i g_i (h_i, 1)^T times a random vector, a row a layer, and the second's rounding.
+class _Probed(NamedTuple):
+    """A random vector u times b and times sum_i g_i (h_i, 1)^T, a row a layer.
 
     A loss may use a weight in other ways, and gradients may have been clipped (c) or changed.
     """
-    gs, weights, products, expected = [], [], [], []
+
+    products: Tensor
+    expected: Tensor
+    weights: list[Tensor]  # u^T g_i, of which the second is a sum
+
+
+def _probed(layers: Sequence[Rows]) -> _Probed:
+    weights, products, expected = [], [], []
     for g, h, grad_weight, grad_bias in layers:
         g, h = accumulate(g), accumulate(h)
-        x = probe(h.shape[1], h.dtype, h.device)
-        # B (x, 1) and sum_i g_i (h_i^T x + 1)
-        if grad_bias is None:
-            weights.append(h @ x)
-            products.append(accumulate(grad_weight) @ x)
-        else:
-            weights.append(torch.addmv(x.new_ones(len(h)), h, x))
-            products.append(torch.addmv(accumulate(grad_bias), accumulate(grad_weight), x))
-        gs.append(g)
-        expected.append(g.T @ weights[-1])
-    # Rounding, in sums of n products that may nearly cancel: |g|^T |w| is at most |g| |w|.
-    sizes = torch._foreach_mul(torch._foreach_norm(gs), torch._foreach_norm(weights))
-    rounding = 8 * torch.finfo(gs[0].dtype).eps * torch.stack(sizes)
-    return pad_sequence(products, True), pad_sequence(expected, True), rounding
+        u = probe(g.shape[1], g.dtype, g.device)
+        w = g @ u
+        # u^T B and sum_i (u^T g_i) (h_i, 1)
+        product, expect = vector_times(u, accumulate(grad_weight)), w @ h
+        if grad_bias is not None:
+            product = torch.cat([product, torch.dot(u, accumulate(grad_bias))[None]])
+            expect = torch.cat([expect, w.sum()[None]])
+        weights.append(w)
+        products.append(product)
+        expected.append(expect)
+    return _Probed(pad_sequence(products, True), pad_sequence(expected, True), weights)
 
 
-def _agree(products: Tensor, expected: Tensor, rounding: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(products - expected, dim=1) <= rounding.abs()
+def _agree(layers: Sequence[Rows], probed: _Probed, scales: Tensor) -> Tensor:
+    """Whether products are scales times what is expected, but for rounding, in each layer."""
+    products, expected, weights = probed
+    errors = torch.linalg.vector_norm(products - scales[..., None] * expected, dim=1)
+    unit = 8 * torch.finfo(errors.dtype).eps * scales.abs()
+    agree = errors <= unit * torch.linalg.vector_norm(expected, dim=1)
+    if agree.all():
+        return agree
+    # Sums of n products that nearly cancel are less than their rounding. |w|^T |(h, 1)|, which is
+    # at most |w| |(h, 1)|, is not; but it takes a pass over h.
+    sizes = torch.stack(torch._foreach_norm([accumulate(layer.h) for layer in layers])).square()
+    sizes += sizes.new_tensor([0 if grad_bias is None else len(h) for _, h, _, grad_bias in layers])
+    return errors <= unit * sizes.sqrt() * torch.stack(torch._foreach_norm(weights))
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:

@@ -267,14 +267,16 @@ def _check_decay(name: str, decay: float | None) -> None:
 
 def _trace(states: list[dict[str, Any]], like: Tensor) -> Tensor | None:
     """The average of s over past batches; the largest, where layers had other company then."""
-    known = [state["trace"].to(like) for state in states if "trace" in state]
-    return torch.stack(known).amax() if known else None
+    known = [state["trace"] for state in states if "trace" in state]
+    return torch.stack(known).amax().to(like) if known else None
 
 
 def _average_trace(states: list[dict[str, Any]], trace: Tensor, decay: float) -> None:
     """Adds a batch's s to every layer's average; one that is not finite is forgotten."""
-    for state in states:
-        before = state.get("trace", torch.zeros_like(trace)).to(trace)
-        # 0: no batch has been averaged yet
-        after = torch.lerp(torch.where(before > 0, before, trace), trace, 1 - decay)
-        state["trace"] = torch.where(torch.isfinite(trace), after, before)
+    # 0: no batch has been averaged yet
+    none = torch.zeros_like(trace)
+    before = torch.stack([state.get("trace", none) for state in states]).to(trace)
+    after = torch.lerp(torch.where(before > 0, before, trace), trace, 1 - decay)
+    after = torch.where(torch.isfinite(trace), after, before)
+    for state, average in zip(states, after.unbind(), strict=True):
+        state["trace"] = average

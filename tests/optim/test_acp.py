@@ -110,6 +110,44 @@ def test_alpha_is_estimated_per_layer_and_batch(heuristic, reduction):
     assert False in followed
 
 
+@pytest.mark.parametrize("heuristic", ["max_squared_gradient", "rms_gradient"])
+@pytest.mark.parametrize("second", [DOUBLE, torch.float32])
+def test_alphas_of_layers_with_other_rows_and_dtypes_are_those_of_each_alone(heuristic, second):
+    dtypes = (DOUBLE, second, DOUBLE)
+    layers = [nn.Linear(6, 5, dtype=dtype) for dtype in dtypes]
+    together = fused_so.ACP(nn.ModuleList(layers), lr=0.0, alpha=heuristic)
+    alone = [fused_so.ACP(copy.deepcopy(layer), lr=0.0, alpha=heuristic) for layer in layers]
+    for _ in range(2):
+        xs = [torch.randn(n, 6, dtype=dtype) for n, dtype in zip((4, 9, 9), dtypes, strict=True)]
+        together.zero_grad()
+        sum(layer(x).square().sum() for layer, x in zip(layers, xs, strict=True)).backward()
+        together.step()
+        for opt, x in zip(alone, xs, strict=True):
+            opt.zero_grad()
+            opt._model(x).square().sum().backward()
+            opt.step()
+    for layer, opt in zip(layers, alone, strict=True):
+        ours, single = together.state[layer.weight]["alpha"], opt.state[opt._model.weight]["alpha"]
+        assert ours.dtype == layer.weight.dtype
+        torch.testing.assert_close(ours, single)
+
+
+@pytest.mark.parametrize("heuristic", ["max_squared_gradient", "rms_gradient"])
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_gradient_that_is_not_finite_leaves_alpha(heuristic, bad):
+    model = chain(4, 3)
+    opt = fused_so.ACP(model, alpha=heuristic)
+    x = torch.randn(9, 4, dtype=DOUBLE)
+    backward(model, x)
+    opt.step()
+    before = opt.state[model[0].weight]["alpha"].clone()
+    opt.zero_grad()
+    (bad * model(x).sum()).backward()
+    with pytest.warns(UserWarning, match="gradient is not finite"):
+        opt.step()
+    assert torch.equal(opt.state[model[0].weight]["alpha"], before)
+
+
 def test_ten_steps_follow_an_independent_loop():
     """The whole algorithm in plain PyTorch: averages, amortization, damping, clip, momentum."""
     torch.manual_seed(1)
@@ -300,10 +338,18 @@ class Cast(nn.Module):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
     ("change", "from_rows"),
-    [("nothing", True), ("clip", True), ("penalty", False), ("two passes", False)],
+    [
+        ("nothing", True),
+        ("clip", True),
+        ("penalty", False),
+        ("bias penalty", False),
+        ("two passes", False),
+    ],
 )
 def test_few_rows_are_preconditioned_before_their_product(change, from_rows, bias, monkeypatch):
     """4 rows of a 30 -> 40 layer: n (in + out) < in out. p.grad is what counts all the same."""
+    if change == "bias penalty" and not bias:
+        pytest.skip("no bias")
     models = [nn.Linear(30, 40, bias=bias, dtype=DOUBLE) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     optimizers = [fused_so.ACP(model, max_norm=None, alpha=2.0) for model in models]
@@ -324,6 +370,8 @@ def test_few_rows_are_preconditioned_before_their_product(change, from_rows, bia
                 loss = model(part).square().sum()
                 if change == "penalty":
                     loss = loss + 1e-3 * model.weight.square().sum()
+                if change == "bias penalty":
+                    loss = loss + 1e-3 * model.bias.square().sum()
                 loss.backward()
             if change == "clip":
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -343,7 +391,8 @@ def test_rows_are_held_against_the_gradient_layer_by_layer():
         opt.zero_grad()
         loss = model(torch.randn(4, 30, dtype=DOUBLE)).square().sum()
         (loss + 1e-3 * model[1].weight.square().sum()).backward()
-        model[0].weight.grad.mul_(0.5)
+        for param in model[0].parameters():
+            param.grad.mul_(0.5)
         found = opt.gradient_rows(opt._layers)
         opt.step()
     first, _, last = opt._layers
