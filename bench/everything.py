@@ -83,6 +83,10 @@ STAGES = (
         "--batch-size 1024 --run-budget 30s --trials 1"
     ),
     Stage(
+        "-m bench.evidence --out {out}/evidence_paper --problems curves "
+        "--methods adam,kfac,kfac_paper,kfac_paper_tridiagonal"
+    ),
+    Stage(
         "-m bench.evidence --out {out}/evidence_tridiagonal --problems curves "
         "--methods kfac,kfac_tridiagonal --trials 8 --trial-budget 200u --run-budget 200u "
         "--threads 1"
@@ -107,7 +111,13 @@ STAGES = (
     Stage("-m bench.metric_inputs --out {out}"),
     *(
         Stage(f"-m bench.figures --evidence {{out}}/{name}")
-        for name in ("evidence_512", "evidence_1024", "evidence_tridiagonal", "evidence")
+        for name in (
+            "evidence_512",
+            "evidence_1024",
+            "evidence_paper",
+            "evidence_tridiagonal",
+            "evidence",
+        )
     ),
 )
 
