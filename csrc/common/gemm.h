@@ -119,16 +119,17 @@ struct Target {
 // One tile. When the diagonal cuts it or its size is not a whole number of vectors or of row
 // pairs, it goes through a buffer; the panels are padded with zeros.
 template <class T>
-void multiply_tile(const Microkernel<T>& kernel, int64_t depth, const T* a, const T* b, T alpha,
-                   T beta, const Target<T>& target, int64_t rows, int64_t cols) {
+void multiply_tile(const Microkernel<T>& kernel, int64_t depth, const T* a, int64_t a_step,
+                   const T* b, T alpha, T beta, const Target<T>& target, int64_t rows,
+                   int64_t cols) {
   const int64_t vector = kernel.nr / 2;
   const auto tile = kernel.tiles[cols > vector][(rows - 1) / 2];
   if (rows % 2 == 0 && cols % vector == 0 && target.wanted(0, cols) == cols) {
-    tile(depth, a, b, alpha, beta, target.c, target.ldc);
+    tile(depth, a, a_step, b, alpha, beta, target.c, target.ldc);
     return;
   }
   alignas(64) T buffer[16 * 32];
-  tile(depth, a, b, alpha, T(0), buffer, kernel.nr);
+  tile(depth, a, a_step, b, alpha, T(0), buffer, kernel.nr);
   for (int64_t i = 0; i < rows; ++i) {
     T* c = target.c + i * target.ldc;
     const T* from = buffer + i * kernel.nr;
@@ -141,18 +142,46 @@ void multiply_tile(const Microkernel<T>& kernel, int64_t depth, const T* a, cons
   }
 }
 
-// C[rows, cols] = beta C + alpha A B from consecutive packed panels.
+// The panels of A as the tiles read them: in a panel the next slice, and the next panel.
 template <class T>
-void multiply_panels(const Microkernel<T>& kernel, int64_t depth, const T* a, const T* b, T alpha,
-                     T beta, const Target<T>& target, int64_t rows, int64_t cols) {
-  for (int64_t i = 0; i < rows; i += kernel.mr, a += depth * kernel.a_width) {
+struct PanelsOfA {
+  const T* data;
+  int64_t step, next;
+};
+
+template <class T>
+PanelsOfA<T> packed(const Microkernel<T>& kernel, int64_t depth, const T* a) {
+  return {a, kernel.a_width, kernel.a_width * depth};
+}
+
+// All of A, packed into `room`, or where it lies: if a slice's lanes are neighbours of the right
+// type, and come in pairs as the tiles read them, else the last would have no partner in memory.
+// For a few panels of B this is faster; measured.
+template <class T, class S>
+PanelsOfA<T> panels_of(const Microkernel<T>& kernel, const Matrix<S>& a, int64_t cols, T* room) {
+  constexpr int64_t kFewPanels = 4;
+  if constexpr (std::is_same_v<S, T>) {
+    const bool subtract = a.u != nullptr || a.v != nullptr;
+    if (a.row_stride == 1 && a.rows % 2 == 0 && !subtract && cols <= kFewPanels * kernel.nr) {
+      return {a.data, a.col_stride, kernel.mr};
+    }
+  }
+  pack_all<T>(readers<T, S>(kernel).pack_a, a, kernel.mr, kernel.a_width, room);
+  return packed(kernel, a.cols, room);
+}
+
+// C[rows, cols] = beta C + alpha A B, from consecutive packed panels of B.
+template <class T>
+void multiply_panels(const Microkernel<T>& kernel, int64_t depth, PanelsOfA<T> a, const T* b,
+                     T alpha, T beta, const Target<T>& target, int64_t rows, int64_t cols) {
+  for (int64_t i = 0; i < rows; i += kernel.mr, a.data += a.next) {
     const int64_t tile_rows = std::min(kernel.mr, rows - i);
     const T* panel = b;
     for (int64_t j = 0; j < cols; j += kernel.nr, panel += depth * kernel.b_width) {
       const Target<T> tile = target.block(i, j);
       const int64_t tile_cols = std::min(kernel.nr, cols - j);
       if (tile.wanted(tile_rows - 1, tile_cols) == 0) break;
-      multiply_tile(kernel, depth, a, panel, alpha, beta, tile, tile_rows, tile_cols);
+      multiply_tile(kernel, depth, a.data, a.step, panel, alpha, beta, tile, tile_rows, tile_cols);
     }
   }
 }
@@ -217,15 +246,14 @@ void multiply_alone(T alpha, const Matrix<SA>& a, const Matrix<SB>& b, T beta,
     const T scale = depth == 0 ? beta : T(1);
     for (int64_t row = 0; row < m; row += blocking.rows) {
       const int64_t rows = std::min(blocking.rows, m - row);
-      pack_all<T>(readers<T, SA>(kernel).pack_a, a.block(row, depth, rows, steps), kernel.mr,
-                  kernel.a_width, a_panels);
+      const PanelsOfA<T> panels = panels_of(kernel, a.block(row, depth, rows, steps), n, a_panels);
       for (int64_t col = 0; col < n; col += group) {
         const int64_t cols = std::min(group, n - col);
         const Target<T> block = target.block(row, col);
         if (block.wanted(rows - 1, cols) == 0) break;
         pack_all<T>(readers<T, SB>(kernel).pack_b, bt.block(col, depth, cols, steps), kernel.nr,
                     kernel.b_width, b_panels);
-        multiply_panels(kernel, steps, a_panels, b_panels, alpha, scale, block, rows, cols);
+        multiply_panels(kernel, steps, panels, b_panels, alpha, scale, block, rows, cols);
         if (depth + steps == k) finish(row, col, rows, cols);
       }
     }
@@ -282,7 +310,8 @@ void multiply_together(T alpha, const Matrix<SA>& a, const Matrix<SB>& b, T beta
           const int64_t i = task % parts * part, task_rows = std::min(part, rows - i);
           const Target<T> block = target.block(row + i, col + j);
           if (block.wanted(task_rows - 1, task_cols) == 0) return;
-          multiply_panels(kernel, steps, a_panels + i / kernel.mr * kernel.a_width * steps,
+          const T* const first = a_panels + i / kernel.mr * kernel.a_width * steps;
+          multiply_panels(kernel, steps, packed(kernel, steps, first),
                           b_panels + j / kernel.nr * kernel.b_width * steps, alpha, scale, block,
                           task_rows, task_cols);
           if (last) finish(row + i, col + j, task_rows, task_cols);
@@ -293,13 +322,54 @@ void multiply_together(T alpha, const Matrix<SA>& a, const Matrix<SB>& b, T beta
   }
 }
 
-// How many parts k is cut into: several only when C is too small to keep the threads busy.
+// Where C is too small to keep the threads busy k is cut into parts, which depend on the shape
+// alone: each makes a C of its own, and these are added in order.
 template <class T>
-int64_t count_parts(int64_t m, int64_t n, int64_t k) {
-  if (m * n > 128 * 128 || m * n == 0) return 1;
-  const int64_t fit = kScratchBytes / static_cast<int64_t>(sizeof(T)) / (m * n);
-  return std::max<int64_t>(1, std::min({kMaxParts, k / 256, fit}));
-}
+struct Parts {
+  const int64_t m, n, k;
+  const int64_t count = choose(m, n, k), depth = divide_up(k, count);
+  // Partials of 2^i entries, one after the other, would meet in one set of the L1 cache.
+  const int64_t stride = divide_up(m * n, 16) * 16 + 16;
+  T* const partials = count > 1 ? thread_scratch<T, kPartials>(count * stride) : nullptr;
+
+  static int64_t choose(int64_t m, int64_t n, int64_t k) {
+    // Waking the threads costs more than a small product.
+    if (m * n > 128 * 128 || m * n * k < kSmallProduct) return 1;
+    const int64_t fit = kScratchBytes / static_cast<int64_t>(sizeof(T)) / (m * n);
+    return std::max<int64_t>(1, std::min({kMaxParts, k / 256, fit}));
+  }
+
+  // multiply(p, first, depth, C_p) is called for each part of k.
+  template <class Multiply>
+  void multiply(Threads threads, const Multiply& multiply) const {
+    for_each_task(count, threads, [&](int64_t p) {
+      const int64_t first = std::min(k, p * depth);
+      multiply(p, first, std::min(depth, k - first), partials + p * stride);
+    });
+  }
+
+  // C = beta C + alpha (C_1 + C_2 + ...), in this order.
+  template <class Finish>
+  void add(T alpha, T beta, const Target<T>& target, Threads threads, const Finish& finish) const {
+    constexpr int64_t kRows = 16, kFew = 1 << 11;
+    T ones[kMaxParts];
+    std::fill_n(ones, kMaxParts, T(1));
+    for_each_task(divide_up(m, kRows), m * n > kFew ? threads : Threads::kOne, [&](int64_t task) {
+      const int64_t row = task * kRows, rows = std::min(kRows, m - row);
+      for (int64_t i = row; i < row + rows; ++i) {
+        const int64_t wanted = target.wanted(i, n);
+        T* const sum = partials + i * n;
+        // In place: columns are written when all their rows are read.
+        microkernel<T>().combine_rows(count, wanted, ones, sum, stride, sum);
+        T* const c = target.c + i * target.ldc;
+        for (int64_t j = 0; j < wanted; ++j) {
+          c[j] = beta == 0 ? alpha * sum[j] : beta * c[j] + alpha * sum[j];
+        }
+      }
+      finish(row, 0, rows, n);
+    });
+  }
+};
 
 // Rows and columns of C for one worker.
 struct Block {
@@ -371,47 +441,25 @@ void run(T alpha, const Matrix<SA>& a, const Matrix<SB>& b, T beta, const Target
   if (m == 0 || n == 0) return;
   // Waking the threads costs more than a small product.
   if (m * n * k < kSmallProduct) threads = Threads::kOne;
-  const int64_t parts = threads == Threads::kOne ? 1 : count_parts<T>(m, n, k);
   const int64_t workers = count_workers(threads);
-  if (parts == 1) {
-    if (workers == 1) return multiply_alone(alpha, a, b, beta, target, finish);
-    const Grid grid = choose_grid<T>(m, n, k, target.lower, workers);
-    if (grid.count() == 1) return multiply_together(alpha, a, b, beta, target, finish);
-    return for_each_task(grid.count(), threads, [&](int64_t task) {
-      const Block c = grid.block(task);
-      multiply_alone(alpha, a.block(c.row, 0, c.rows, k), b.block(0, c.col, k, c.cols), beta,
-                     target.block(c.row, c.col),
-                     [&](int64_t row, int64_t col, int64_t rows, int64_t cols) {
-                       finish(c.row + row, c.col + col, rows, cols);
-                     });
+  const Parts<T> parts{m, n, k};
+  if (threads == Threads::kAll && parts.count > 1) {
+    parts.multiply(threads, [&](int64_t, int64_t first, int64_t depth, T* partial) {
+      multiply_alone(T(1), a.block(0, first, m, depth), b.block(first, 0, depth, n), T(0),
+                     Target<T>{partial, n, target.lower, target.diagonal});
     });
+    return parts.add(alpha, beta, target, threads, finish);
   }
-
-  const int64_t stride = divide_up(m * n, 16) * 16;
-  T* const partials = thread_scratch<T, kPartials>(parts * stride);
-  const int64_t part_depth = divide_up(k, parts);
-  for_each_task(parts, threads, [&](int64_t p) {
-    const int64_t first = std::min(k, p * part_depth);
-    const int64_t depth = std::min(part_depth, k - first);
-    const Target<T> partial{partials + p * stride, n, target.lower, target.diagonal};
-    multiply_alone(T(1), a.block(0, first, m, depth), b.block(first, 0, depth, n), T(0), partial);
-  });
-  // C = beta C + alpha (C_1 + C_2 + ...), in this order.
-  for_each_task(divide_up(m, 16), m * n > (1 << 12) ? threads : Threads::kOne, [&](int64_t task) {
-    const int64_t row = task * 16, rows = std::min<int64_t>(16, m - row);
-    for (int64_t i = row; i < row + rows; ++i) {
-      const int64_t wanted = target.wanted(i, n);
-      T* sum = partials + i * n;
-      for (int64_t p = 1; p < parts; ++p) {
-        const T* other = sum + p * stride;
-        for (int64_t j = 0; j < wanted; ++j) sum[j] += other[j];
-      }
-      T* c = target.c + i * target.ldc;
-      for (int64_t j = 0; j < wanted; ++j) {
-        c[j] = beta == 0 ? alpha * sum[j] : beta * c[j] + alpha * sum[j];
-      }
-    }
-    finish(row, 0, rows, n);
+  if (workers == 1) return multiply_alone(alpha, a, b, beta, target, finish);
+  const Grid grid = choose_grid<T>(m, n, k, target.lower, workers);
+  if (grid.count() == 1) return multiply_together(alpha, a, b, beta, target, finish);
+  for_each_task(grid.count(), threads, [&](int64_t task) {
+    const Block c = grid.block(task);
+    multiply_alone(alpha, a.block(c.row, 0, c.rows, k), b.block(0, c.col, k, c.cols), beta,
+                   target.block(c.row, c.col),
+                   [&](int64_t row, int64_t col, int64_t rows, int64_t cols) {
+                     finish(c.row + row, c.col + col, rows, cols);
+                   });
   });
 }
 

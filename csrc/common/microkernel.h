@@ -70,9 +70,10 @@ template <class T>
 struct Microkernel {
   int64_t mr, nr;            // the tile of C held in registers; nr is two vectors, mr is even
   int64_t a_width, b_width;  // a packed panel's width: mr and nr rounded up to a whole vector
-  // C[rows, cols] = beta C + alpha A B from one panel each; beta = 0 does not read C.
-  // tiles[v][r] is for 2 (r + 1) rows and v + 1 vectors of columns.
-  void (*tiles[2][7])(int64_t depth, const T* a, const T* b, T alpha, T beta, T* c, int64_t ldc);
+  // C[rows, cols] = beta C + alpha A B from a panel of B, and of A whose slices are a_step apart;
+  // beta = 0 does not read C. tiles[v][r] is for 2 (r + 1) rows and v + 1 vectors of columns.
+  void (*tiles[2][7])(int64_t depth, const T* a, int64_t a_step, const T* b, T alpha, T beta, T* c,
+                      int64_t ldc);
   // C[nr, nr] = beta C + A B^T from two of B's panels; beta = 0 does not read C.
   void (*square)(int64_t depth, const T* a, const T* b, T beta, T* c, int64_t ldc);
   // to[cols, rows] = from[rows, cols]^T.

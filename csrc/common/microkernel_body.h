@@ -137,8 +137,9 @@ Vector<T, V> load_some(const S* from, int64_t count) {
   return load<T, V>(some);
 }
 
-template <class T, int MR, int NV, int V, int AWidth, int BWidth>
-void tile(int64_t depth, const T* a, const T* b, T alpha, T beta, T* c, int64_t ldc) {
+template <class T, int MR, int NV, int V, int BWidth>
+void tile(int64_t depth, const T* a, int64_t a_step, const T* b, T alpha, T beta, T* c,
+          int64_t ldc) {
   Vector<T, V> sum[MR][NV] = {};
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
@@ -156,7 +157,7 @@ void tile(int64_t depth, const T* a, const T* b, T alpha, T beta, T* c, int64_t 
 #pragma GCC unroll 4
       for (int j = 0; j < NV; ++j) sum[i][j] += a[i] * row[j];
     }
-    a += AWidth;
+    a += a_step;
     b += BWidth;
   }
 #pragma GCC unroll 16
@@ -629,11 +630,11 @@ void transpose_block(int64_t rows, int64_t cols, const T* from, int64_t from_str
 }
 
 // The tiles of 2, 4 .. MR rows and of 1 .. NV vectors.
-template <class T, int MR, int NV, int V, int AWidth, int BWidth>
+template <class T, int MR, int NV, int V, int BWidth>
 constexpr void fill_tiles(Microkernel<T>& kernel) {
   if constexpr (MR > 0) {
-    kernel.tiles[NV - 1][MR / 2 - 1] = &tile<T, MR, NV, V, AWidth, BWidth>;
-    fill_tiles<T, MR - 2, NV, V, AWidth, BWidth>(kernel);
+    kernel.tiles[NV - 1][MR / 2 - 1] = &tile<T, MR, NV, V, BWidth>;
+    fill_tiles<T, MR - 2, NV, V, BWidth>(kernel);
   }
 }
 
@@ -642,7 +643,7 @@ template <class T, int MR, int V, int Width, int Row = 0>
 void square(int64_t depth, const T* a, const T* b, T beta, T* c, int64_t ldc) {
   constexpr int count = (Width + MR - 1) / MR, step = (Width + count - 1) / count;
   constexpr int rows = Width - Row < step ? Width - Row : step;
-  tile<T, rows, Width / V, V, Width, Width>(depth, a, b, T(1), beta, c, ldc);
+  tile<T, rows, Width / V, V, Width>(depth, a, Width, b, T(1), beta, c, ldc);
   if constexpr (Row + rows < Width) {
     square<T, MR, V, Width, Row + rows>(depth, a + rows, b, beta, c + rows * ldc, ldc);
   }
@@ -663,8 +664,8 @@ constexpr Microkernel<T> make_microkernel() {
                         &dot<T, V* static_cast<int>(sizeof(T)) / 8>,
                         &combine_rows<T, V>,
                         {}};
-  fill_tiles<T, MR, 1, V, a_width, b_width>(kernel);
-  fill_tiles<T, MR, 2, V, a_width, b_width>(kernel);
+  fill_tiles<T, MR, 1, V, b_width>(kernel);
+  fill_tiles<T, MR, 2, V, b_width>(kernel);
   if constexpr (sizeof(T) == sizeof(float)) {
     kernel.readers = {make_readers<T, V, a_width, b_width, float>(),
                       make_readers<T, V, a_width, b_width, HalfBits>(),

@@ -1,13 +1,16 @@
-// Weight gradient of a linear layer with its input centered: a pass over g and one over h for
-// the column sums, and one product that subtracts the mean while it packs h, so that large means
-// do not cancel against each other.
-// 2 n out in operations; n (out + in) entries read twice: bound by arithmetic.
+// Weight gradient of a linear layer with its input centered, so that large means do not cancel
+// against each other. Where dW is large: a pass over g and one over h for the column sums, and one
+// product that subtracts the mean while it packs h. Where it is small: parts of the rows, of which
+// each block is summed and multiplied while it is in the cache.
+// 2 n out in operations, and n (out + in) additions; n (out + in) entries read from memory twice,
+// or once: bound by arithmetic.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <tuple>
+#include <vector>
 
 #include "common/allocate.h"
 #include "common/column_sums.h"
@@ -15,6 +18,78 @@
 
 namespace fused_so {
 namespace {
+
+using gemm_detail::Target;
+
+template <class S>
+void add_column_sums(const Matrix<S>& x, double* sums) {
+  using T = Accumulate<S>;
+  gemm_detail::readers<T, S>(gemm_detail::microkernel<T>())
+      .sum_columns(gemm_detail::as_bits(x.data), x.row_stride, x.col_stride, x.rows, x.cols, sums,
+                   nullptr);
+}
+
+// weight = sum_i g_i (h_i - m)^T, and the column sums of g and h are added to theirs. m is the mean
+// of the rows that were read, and moves with each block of them: whatever m and m' are,
+// sum_i g_i (h_i - m')^T = sum_i g_i (h_i - m)^T - (sum_i g_i) (m' - m)^T.
+template <class S, class T = Accumulate<S>>
+void sum_rows(const Matrix<S>& g, const Matrix<S>& h, bool centered, double* g_sums, double* h_sums,
+              T* m, T* weight) {
+  const auto& readers = gemm_detail::readers<T, T>(gemm_detail::microkernel<T>());
+  const int64_t n = g.rows, out = g.cols, in = h.cols;
+  const int64_t step = gemm_detail::even_part(n, gemm_detail::kDepth, 16);
+  std::vector<T> moved(in);
+  for (int64_t row = 0; row < n; row += step) {
+    const int64_t rows = std::min(step, n - row);
+    const Matrix<S> g_rows = g.block(row, 0, rows, out), h_rows = h.block(row, 0, rows, in);
+    add_column_sums(h_rows, h_sums);
+    for (int64_t j = 0; centered && j < in; ++j) {
+      const T mean = static_cast<T>(h_sums[j] / (row + rows));
+      moved[j] = mean - m[j];
+      m[j] = mean;
+    }
+    for (int64_t i = 0; centered && row > 0 && i < out; ++i) {
+      T* const to = weight + i * in;
+      readers.scale_row(to, 1, in, T(1), static_cast<T>(g_sums[i]), moved.data(), to);
+    }
+    add_column_sums(g_rows, g_sums);
+    gemm_detail::multiply_alone(T(1), g_rows.transposed(),
+                                centered ? h_rows.minus(nullptr, m) : h_rows, T(row > 0),
+                                Target<T>{weight, in});
+  }
+}
+
+template <class S, class T = Accumulate<S>>
+void sum_parts(const gemm_detail::Parts<T>& parts, const Matrix<S>& g, const Matrix<S>& h,
+               bool centered, T* weight, T* bias, T* mean) {
+  const int64_t out = g.cols, in = h.cols, count = parts.count;
+  std::vector<double> g_sums(count * out), h_sums(count * in);
+  std::vector<T> means(count * in);
+  parts.multiply(Threads::kAll, [&](int64_t p, int64_t first, int64_t rows, T* partial) {
+    sum_rows(g.block(first, 0, rows, out), h.block(first, 0, rows, in), centered,
+             g_sums.data() + p * out, h_sums.data() + p * in, means.data() + p * in, partial);
+  });
+  column_sums(view(g_sums.data(), count, out, out), /*squares=*/false).divide(1, bias);
+  column_sums(view(h_sums.data(), count, in, in), /*squares=*/false).divide(g.rows, mean);
+
+  // Each part's s = sum_i g_i and m - m_p.
+  const std::vector<T> s(g_sums.begin(), g_sums.end());
+  std::vector<T>& moved = means;
+  for (int64_t p = 0; p < count; ++p) {
+    for (int64_t j = 0; j < in; ++j) moved[p * in + j] = mean[j] - moved[p * in + j];
+  }
+  const Matrix<T> s_view = view(s.data(), count, out, out);
+  const Matrix<T> moved_view = view(moved.data(), count, in, in);
+  // dW = sum_p (dW_p - s_p (m - m_p)^T)
+  const Target<T> target{weight, in};
+  parts.add(T(1), T(0), target, Threads::kAll,
+            [&](int64_t row, int64_t col, int64_t rows, int64_t cols) {
+              if (!centered) return;
+              gemm_detail::multiply_alone(T(-1), s_view.block(0, row, count, rows).transposed(),
+                                          moved_view.block(0, col, count, cols), T(1),
+                                          target.block(row, col));
+            });
+}
 
 std::tuple<Tensor, Tensor, Tensor> centered_grad(Tensor g, Tensor h, bool centered) {
   const int64_t n = g.size(0), out = g.size(1), in = h.size(1);
@@ -26,12 +101,14 @@ std::tuple<Tensor, Tensor, Tensor> centered_grad(Tensor g, Tensor h, bool center
     using S = typename decltype(tag)::type;
     using T = Accumulate<S>;
     const Matrix<S> g_view = view<S>(g), h_view = view<S>(h);
-    T* const m = write<T>(mean);
-    column_sums(g_view, /*squares=*/false).divide(1, write<T>(grad_bias));
+    T *const w = write<T>(grad_weight), *const b = write<T>(grad_bias), *const m = write<T>(mean);
+    const gemm_detail::Parts<T> parts{out, in, n};
+    if (parts.count > 1) return sum_parts(parts, g_view, h_view, centered, w, b, m);
+    column_sums(g_view, /*squares=*/false).divide(1, b);
     column_sums(h_view, /*squares=*/false).divide(std::max<int64_t>(n, 1), m);
     // dW = G^T (H - 1 m^T), or G^T H
-    gemm(T(1), g_view.transposed(), centered ? h_view.minus(nullptr, m) : h_view, T(0),
-         write<T>(grad_weight), in, Threads::kAll);
+    gemm(T(1), g_view.transposed(), centered ? h_view.minus(nullptr, m) : h_view, T(0), w, in,
+         Threads::kAll);
   });
   return {grad_weight, grad_bias, mean};
 }

@@ -173,10 +173,10 @@ class Backprop {
       const int64_t steps = std::min(depth_, slab.depth - depth);
       const T beta = slab.first + depth == 0 ? T(0) : T(1);
       for (int64_t col = 0; col < slab.cols; col += group) {
-        gemm_detail::multiply_panels(kernel_, steps, panels + lanes * depth,
-                                     panel_of(slab, depth, col / kernel_.nr), T(1), beta,
-                                     {jac_in_ + row * in_ + slab.col + col, in_}, rows,
-                                     std::min(group, slab.cols - col));
+        gemm_detail::multiply_panels(
+            kernel_, steps, gemm_detail::packed(kernel_, steps, panels + lanes * depth),
+            panel_of(slab, depth, col / kernel_.nr), T(1), beta,
+            {jac_in_ + row * in_ + slab.col + col, in_}, rows, std::min(group, slab.cols - col));
       }
     }
   }

@@ -1,11 +1,13 @@
 """centered_grad: right for every layout and dtype, and a rank-1 correction of the gradient."""
 
+import functools
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fused_so import ops
+from fused_so import ops, reference
 from tests.ops import budget, checks
 
 
@@ -50,8 +52,36 @@ def test_huge_and_tiny_scales(scale):
     check(50, 20, 30, torch.float32, scale=scale)
 
 
-def test_budget_with_a_mean_far_from_zero():
-    check(500, 20, 30, torch.float32, offset=1000.0)
+@pytest.mark.parametrize(("n", "out", "width"), [(500, 20, 30), (9000, 20, 30), (4096, 64, 64)])
+def test_budget_with_a_mean_far_from_zero(n, out, width):
+    check(n, out, width, torch.float32, offset=1000.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("centered", [True, False])
+@pytest.mark.parametrize("drift", ["steady", "first rows", "last rows"])
+def test_budget_where_the_mean_of_random_rows_is_not_that_of_all(drift, centered, dtype):
+    n = 9000
+    g = budget.random_matrix(n, 20, dtype, seed=1)
+    h = budget.random_matrix(n, 30, dtype, seed=2)
+    row = torch.arange(n, dtype=dtype)[:, None]
+    h += {"steady": row / 90, "first rows": 100 * (row < 300), "last rows": 100 * (row > 8700)}[
+        drift
+    ]
+    got = ops.centered_grad(g, h, centered=centered)
+    oracle = functools.partial(reference.centered_grad, centered=centered)
+    budget.assert_within_budget(got, oracle, [g, h], budget.row_orders)
+
+
+@pytest.mark.parametrize("out", [1, 13, 63, 64])
+@pytest.mark.parametrize("width", [64, 127, 240])
+def test_budget_of_many_random_rows(out, width):
+    # An even number of neighbours is multiplied where it lies, between others' columns.
+    room = budget.random_matrix(4500, out + 3, torch.float32, seed=1)
+    h = budget.random_matrix(4500, width, torch.float32, seed=2)
+    for g in (room[:, :out], room[:, 3:]):
+        got = ops.centered_grad(g, h)
+        budget.assert_within_budget(got, reference.centered_grad, [g, h], budget.row_orders)
 
 
 @settings(max_examples=40, derandomize=True, deadline=None)
@@ -98,7 +128,14 @@ def test_centering_is_a_rank_one_correction_of_autograd():
 
 @pytest.mark.parametrize(
     ("n", "out", "width"),
-    [(4096, 64, 64), (300, 300, 400), (700, 3, 900), (600, 1000, 2100), (600, 2100, 100)],
+    [
+        (4096, 64, 64),
+        (9000, 20, 30),
+        (300, 300, 400),
+        (700, 3, 900),
+        (600, 1000, 2100),
+        (600, 2100, 100),
+    ],
 )
 def test_threads_do_not_change_a_bit(n, out, width):
     g = budget.random_matrix(n, out, torch.float32, seed=0)
