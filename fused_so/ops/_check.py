@@ -12,7 +12,7 @@ from torch.nn import Parameter
 
 from fused_so._dtypes import accumulate_dtype
 
-FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def floating(name: str, value: object) -> None:
@@ -32,7 +32,7 @@ def shape(name: str, value: Tensor, expected: tuple[int | str, ...]) -> None:
     if got == expected:
         return
     fits = len(got) == len(expected) and all(
-        [size == want or isinstance(want, str) for size, want in zip(got, expected, strict=True)]
+        isinstance(want, str) or size == want for size, want in zip(got, expected, strict=True)
     )
     if not fits:
         wanted = ", ".join(str(size) for size in expected)

@@ -58,9 +58,8 @@ def precondition(
         return _precondition_lists(
             grad_weight, grad_bias, mean, input_inverse, output_inverse, alpha
         )
-    if not _fits(grad_weight, grad_bias, mean, input_inverse, output_inverse, alpha):
-        _check_layer("", grad_weight, grad_bias, mean, input_inverse, output_inverse)
-        _check_alpha("alpha", alpha, "grad_weight", grad_weight)
+    _check_layer("", grad_weight, grad_bias, mean, input_inverse, output_inverse)
+    _check_alpha("alpha", alpha, "grad_weight", grad_weight)
     return _precondition(
         grad_weight,
         grad_bias,
@@ -88,13 +87,9 @@ def _precondition_lists(grad_weight, grad_bias, mean, input_inverse, output_inve
     arguments = ("grad_weight", "grad_bias", "mean", "input_inverse", "output_inverse")
     layers = zip(*(lists.get(name, [None] * count) for name in arguments), strict=True)
     alphas = lists.pop("alpha", [alpha] * count)
-    # In a list None is no tensor.
-    whole = all([entry is not None for entries in lists.values() for entry in entries])
     for i, layer in enumerate(layers):
-        if whole and _fits(*layer, alphas[i]):
-            continue
         for name, entry in zip(arguments, layer, strict=True):
-            if name in lists:
+            if name in lists:  # where None is no tensor
                 _check.floating(f"{name}[{i}]", entry)
         _check_layer(f"[{i}]", *layer)
         name = "alpha" if one_alpha else f"alpha[{i}]"
@@ -110,34 +105,6 @@ def _precondition_lists(grad_weight, grad_bias, mean, input_inverse, output_inve
         for i, dw, db in zip(members, *_precondition_list(*positional, **options), strict=True):
             dws[i], dbs[i] = dw, db
     return dws, dbs
-
-
-def _fits(grad_weight, grad_bias, mean, input_inverse, output_inverse, alpha) -> bool:
-    """Whether a layer's arguments pass the checks below, which name what does not and take more."""
-    given = (grad_weight, grad_bias, mean, input_inverse, output_inverse, alpha)
-    tensors = [t for t in given if isinstance(t, Tensor)]
-    shapes = [t.shape for t in tensors]
-    if len(shapes) < 3 or len(shapes[0]) != 2:
-        return False
-    out, width = shapes[0]
-    expected = [(out, width), (out,), (width,)]
-    if input_inverse is not None:
-        expected.append((width, width))
-    if output_inverse is not None:
-        expected.append((out, out))
-    if isinstance(alpha, Tensor):
-        expected.append(())
-    elif not (isinstance(alpha, float) and 0 < alpha < math.inf):
-        return False
-    dtype, bias_dtype, *wide = [t.dtype for t in tensors]
-    return (
-        shapes == expected
-        and bias_dtype == dtype
-        and dtype in _check.FLOATING
-        and set(wide) == {accumulate_dtype(dtype)}
-        and len({t.device for t in tensors}) == 1
-        and {t.layout for t in tensors} == {torch.strided}
-    )
 
 
 def _check_layer(at, grad_weight, grad_bias, mean, input_inverse, output_inverse):
