@@ -16,8 +16,9 @@ class Capture:
     While `active`, every backward pass through a call of the module runs `receive(h, g)` with
     h (n, in), the input, and g (n, out), the gradient of the loss with respect to the output;
     leading dimensions are flattened into n. Neither is kept: both live as long as autograd
-    holds them. Forward passes without gradients are not seen. While `edges` is a list, every
-    such call appends where its output stands in the graph of autograd, and adds to `rows`.
+    holds them, and the hook as long as this object. Forward passes without gradients are not
+    seen. While `edges` is a list, every such call appends where its output stands in the graph of
+    autograd, and adds to `rows`.
     """
 
     def __init__(self, module: nn.Linear, receive: Callable[[Tensor, Tensor], None]):

@@ -330,7 +330,6 @@ struct Parts {
   const int64_t count = choose(m, n, k), depth = divide_up(k, count);
   // Partials of 2^i entries, one after the other, would meet in one set of the L1 cache.
   const int64_t stride = divide_up(m * n, 16) * 16 + 16;
-  T* const partials = count > 1 ? thread_scratch<T, kPartials>(count * stride) : nullptr;
 
   static int64_t choose(int64_t m, int64_t n, int64_t k) {
     // Waking the threads costs more than a small product.
@@ -339,12 +338,16 @@ struct Parts {
     return std::max<int64_t>(1, std::min({kMaxParts, k / 256, fit}));
   }
 
+  // The parts' C's, in scratch of the calling thread.
+  T* partials() const { return thread_scratch<T, kPartials>(count * stride); }
+
   // multiply(p, first, depth, C_p) is called for each part of k.
   template <class Multiply>
   void multiply(Threads threads, const Multiply& multiply) const {
+    T* const c = partials();
     for_each_task(count, threads, [&](int64_t p) {
       const int64_t first = std::min(k, p * depth);
-      multiply(p, first, std::min(depth, k - first), partials + p * stride);
+      multiply(p, first, std::min(depth, k - first), c + p * stride);
     });
   }
 
@@ -354,11 +357,12 @@ struct Parts {
     constexpr int64_t kRows = 16, kFew = 1 << 11;
     T ones[kMaxParts];
     std::fill_n(ones, kMaxParts, T(1));
+    T* const sums = partials();
     for_each_task(divide_up(m, kRows), m * n > kFew ? threads : Threads::kOne, [&](int64_t task) {
       const int64_t row = task * kRows, rows = std::min(kRows, m - row);
       for (int64_t i = row; i < row + rows; ++i) {
         const int64_t wanted = target.wanted(i, n);
-        T* const sum = partials + i * n;
+        T* const sum = sums + i * n;
         // In place: columns are written when all their rows are read.
         microkernel<T>().combine_rows(count, wanted, ones, sum, stride, sum);
         T* const c = target.c + i * target.ldc;

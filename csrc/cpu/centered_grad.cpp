@@ -43,14 +43,16 @@ void sum_rows(const Matrix<S>& g, const Matrix<S>& h, bool centered, double* g_s
     const int64_t rows = std::min(step, n - row);
     const Matrix<S> g_rows = g.block(row, 0, rows, out), h_rows = h.block(row, 0, rows, in);
     add_column_sums(h_rows, h_sums);
-    for (int64_t j = 0; centered && j < in; ++j) {
-      const T mean = static_cast<T>(h_sums[j] / (row + rows));
-      moved[j] = mean - m[j];
-      m[j] = mean;
-    }
-    for (int64_t i = 0; centered && row > 0 && i < out; ++i) {
-      T* const to = weight + i * in;
-      readers.scale_row(to, 1, in, T(1), static_cast<T>(g_sums[i]), moved.data(), to);
+    if (centered) {
+      for (int64_t j = 0; j < in; ++j) {
+        const T mean = static_cast<T>(h_sums[j] / (row + rows));
+        moved[j] = mean - m[j];
+        m[j] = mean;
+      }
+      for (int64_t i = 0; row > 0 && i < out; ++i) {
+        T* const to = weight + i * in;
+        readers.scale_row(to, 1, in, T(1), static_cast<T>(g_sums[i]), moved.data(), to);
+      }
     }
     add_column_sums(g_rows, g_sums);
     gemm_detail::multiply_alone(T(1), g_rows.transposed(),
@@ -74,9 +76,9 @@ void sum_parts(const gemm_detail::Parts<T>& parts, const Matrix<S>& g, const Mat
 
   // Each part's s = sum_i g_i and m - m_p.
   const std::vector<T> s(g_sums.begin(), g_sums.end());
-  std::vector<T>& moved = means;
+  std::vector<T> moved(count * in);
   for (int64_t p = 0; p < count; ++p) {
-    for (int64_t j = 0; j < in; ++j) moved[p * in + j] = mean[j] - moved[p * in + j];
+    for (int64_t j = 0; j < in; ++j) moved[p * in + j] = mean[j] - means[p * in + j];
   }
   const Matrix<T> s_view = view(s.data(), count, out, out);
   const Matrix<T> moved_view = view(moved.data(), count, in, in);

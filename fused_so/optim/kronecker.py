@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fused_so import ops
 from fused_so._dtypes import accumulate_dtype
-from fused_so.optim.base import Update, over
+from fused_so.optim.base import Update
 from fused_so.optim.factors import FactorOptimizer
 from fused_so.optim.layers import Layer
 from fused_so.optim.products import outer_sum, product, rows_times
@@ -108,7 +108,7 @@ class KroneckerOptimizer(FactorOptimizer):
         # Z = c/alpha (h - 1 m^T) A and r = c/alpha 1 - Z m.
         moves_bias = layer.bias is not None and layer.bias.grad is not None
         ones = h.new_full((len(h),), float(moves_bias))
-        alpha = over(scale, self.gradient_scale(layer)).reciprocal()
+        alpha = self.gradient_scale(layer) / scale
         z, r = ops.precondition(h, ones, self.mean(layer), state["inverse"], alpha=alpha)
         if output_inverse is None:
             return outer_sum(g, z)[0], g.T @ r

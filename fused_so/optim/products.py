@@ -30,19 +30,20 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def vector_times(x: Tensor, matrix: Tensor) -> Tensor:
-    """x^T A, for a vector x (n,) and a matrix A (n, d)."""
-    if matrix.numel() < _LARGE or not matrix.is_contiguous():
-        return x @ matrix
+    """x^T A, for a vector x (n,) and a matrix A (n, d), on a CPU."""
     # torch's products with a vector take one thread, and so a large matrix slower than memory
-    # gives it; a weighted sum of embeddings is the same and takes them all.
-    rows, bags = _bags(len(x), x.device)
+    # gives it; a weighted sum of embeddings is the same, and in float32 takes them all.
+    large = matrix.dtype == torch.float32 and matrix.numel() >= _LARGE
+    if not (large and matrix.is_contiguous()):
+        return x @ matrix
+    rows, bags = _bags(len(x))
     return F.embedding_bag(rows, matrix, bags, mode="sum", per_sample_weights=x).sum(0)
 
 
 @functools.cache
-def _bags(n: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _bags(n: int) -> tuple[Tensor, Tensor]:
     """The numbers of n rows, and of those that begin a bag."""
-    return torch.arange(n, device=device), torch.arange(0, n, _BAG, device=device)
+    return torch.arange(n), torch.arange(0, n, _BAG)
 
 
 def rows_times(x: Tensor, matrix: Tensor) -> Tensor:

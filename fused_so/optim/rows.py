@@ -58,62 +58,78 @@ def common_scale(layers: Sequence[Rows]) -> Tensor | None:
 
     Waits for the device.
     """
-    probed = _probed(layers)
-    if probed.expected.numel() == 1:  # a multiple of any other number
-        return None
-    scale = (probed.products * probed.expected).sum() / probed.expected.square().sum()
-    return scale if _agree(layers, probed, scale).all() else None
+    weight, bias = _probed(layers)
+    if weight.expected.numel() == 1 and layers[0].grad_bias is None:
+        return None  # one number is a multiple of any other
+    scale = (weight.product() + bias.product()).sum() / (weight.square() + bias.square()).sum()
+    return scale if all(_agree(layers, weight, bias, scale)) else None
 
 
 def layer_scales(layers: Sequence[Rows]) -> list[Tensor | None]:
     """The same for each layer by itself, all of them with more than one input or a bias."""
-    probed = _probed(layers)
-    scales = (probed.products * probed.expected).sum(1) / probed.expected.square().sum(1)
-    agree = _agree(layers, probed, scales).tolist()
+    weight, bias = _probed(layers)
+    scales = (weight.product() + bias.product()) / (weight.square() + bias.square())
+    agree = _agree(layers, weight, bias, scales)
     return [scale if yes else None for scale, yes in zip(scales.unbind(), agree, strict=True)]
 
 
 class _Probed(NamedTuple):
-    """A random vector u times b and times sum_i g_i (h_i, 1)^T, a row a layer.
+    """A random vector u times a part of b, and times the same of sum_i g_i (h_i, 1)^T.
 
     A loss may use a weight in other ways, and gradients may have been clipped (c) or changed.
     """
 
-    products: Tensor
+    found: Tensor  # (layers, inputs or 1)
     expected: Tensor
-    weights: list[Tensor]  # u^T g_i, of which the second is a sum
+    size: Tensor  # (layers,), that of the terms of `expected` if they do not cancel
+
+    def product(self) -> Tensor:
+        return (self.found * self.expected).sum(1)
+
+    def square(self) -> Tensor:
+        return self.expected.square().sum(1)
+
+    def errors(self, scales: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(self.found - scales[..., None] * self.expected, dim=1)
 
 
-def _probed(layers: Sequence[Rows]) -> _Probed:
-    weights, products, expected = [], [], []
+def _probed(layers: Sequence[Rows]) -> tuple[_Probed, _Probed]:
+    """That of the weights, and that of the biases, 0 where there is none."""
+    weights, found, expected, bias_found, bias_expected = [], [], [], [], []
     for g, h, grad_weight, grad_bias in layers:
         g, h = accumulate(g), accumulate(h)
         u = probe(g.shape[1], g.dtype, g.device)
         w = g @ u
         # u^T B and sum_i (u^T g_i) (h_i, 1)
-        product, expect = vector_times(u, accumulate(grad_weight)), w @ h
-        if grad_bias is not None:
-            product = torch.cat([product, torch.dot(u, accumulate(grad_bias))[None]])
-            expect = torch.cat([expect, w.sum()[None]])
         weights.append(w)
-        products.append(product)
-        expected.append(expect)
-    return _Probed(pad_sequence(products, True), pad_sequence(expected, True), weights)
+        found.append(vector_times(u, accumulate(grad_weight)))
+        expected.append(w @ h)
+        zero = w.new_zeros(1)
+        bias_found.append(zero if grad_bias is None else (u @ accumulate(grad_bias))[None])
+        bias_expected.append(zero if grad_bias is None else w.sum()[None])
+    expected = pad_sequence(expected, True)
+    size, bias_size = torch.linalg.vector_norm(expected, dim=1), torch._foreach_norm(weights)
+    return (
+        _Probed(pad_sequence(found, True), expected, size),
+        _Probed(*(torch.stack(x) for x in (bias_found, bias_expected)), torch.stack(bias_size)),
+    )
 
 
-def _agree(layers: Sequence[Rows], probed: _Probed, scales: Tensor) -> Tensor:
-    """Whether products are scales times what is expected, but for rounding, in each layer."""
-    products, expected, weights = probed
-    errors = torch.linalg.vector_norm(products - scales[..., None] * expected, dim=1)
+def _agree(layers: Sequence[Rows], weight: _Probed, bias: _Probed, scales: Tensor) -> list[bool]:
+    """Whether what was found is scales times what is expected, but for rounding, in each layer.
+
+    Weight and bias each by itself: inputs far from 1 make one of them far larger.
+    """
+    errors = torch.stack([weight.errors(scales), bias.errors(scales)])
     unit = 8 * torch.finfo(errors.dtype).eps * scales.abs()
-    agree = errors <= unit * torch.linalg.vector_norm(expected, dim=1)
-    if agree.all():
+    agree = (errors <= unit * torch.stack([weight.size, bias.size])).all(0).tolist()
+    if all(agree):
         return agree
-    # Sums of n products that nearly cancel are less than their rounding. |w|^T |(h, 1)|, which is
-    # at most |w| |(h, 1)|, is not; but it takes a pass over h.
-    sizes = torch.stack(torch._foreach_norm([accumulate(layer.h) for layer in layers])).square()
-    sizes += sizes.new_tensor([0 if grad_bias is None else len(h) for _, h, _, grad_bias in layers])
-    return errors <= unit * sizes.sqrt() * torch.stack(torch._foreach_norm(weights))
+    # Sums that nearly cancel are less than their rounding. |g| |(h, 1)| is not, but takes a pass.
+    rows = torch.stack(torch._foreach_norm([accumulate(layer.h) for layer in layers]))
+    ones = rows.new_tensor([len(layer.h) for layer in layers]).sqrt()
+    sizes = torch.stack(torch._foreach_norm([accumulate(layer.g) for layer in layers]))
+    return (errors <= unit * sizes * torch.stack([rows, ones])).all(0).tolist()
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:

@@ -67,8 +67,10 @@ def test_a_compiled_model_outlives_its_optimizer():
     x = torch.randn(8, 5)
     compiled(x).square().mean().backward()
     opt.step()
+    alive = weakref.ref(opt)
 
     del opt
     gc.collect()
 
+    assert alive() is None
     torch.testing.assert_close(compiled(x), model(x))

@@ -55,7 +55,7 @@ def test_sums_that_nearly_cancel_are_held_against_the_rounding_of_their_terms(
 @pytest.mark.parametrize("scales", SCALES)
 def test_a_layer_of_many_units_and_one_example(scales):
     """Whose sums do not cancel: nothing hides the rounding of u^T B, a sum of 3000 terms."""
-    for _ in range(10):
+    for _ in range(200):
         assert SCALES[scales]([rows(1, 3000, 40, bias=False)]) != [None]
 
 
@@ -79,6 +79,15 @@ def test_a_gradient_that_was_changed_is_not_taken_for_one(scales, change, change
     assert found[changed] is None
     if scales == "one a layer":
         assert all(scale is not None for i, scale in enumerate(found) if i != changed)
+
+
+@pytest.mark.parametrize("scales", SCALES)
+@pytest.mark.parametrize("changed", ["weight", "bias"])
+@pytest.mark.parametrize("size", [1e-4, 255.0, 1e4])
+def test_weight_and_bias_count_alike_whatever_the_size_of_the_inputs(size, changed, scales):
+    layer = rows(8, 300, 200, size=size)
+    (layer.grad_weight if changed == "weight" else layer.grad_bias).mul_(0.99)
+    assert SCALES[scales]([layer]) == [None]
 
 
 @pytest.mark.parametrize("bias", [True, False])
