@@ -680,7 +680,7 @@ def test_what_is_no_chain_is_refused_by_name(model, message):
 
 def test_a_dropout_put_in_training_mode_later_is_refused_in_the_forward_pass():
     model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)).eval()
-    fused_so.UBP(model, likelihood=fused_so.Gaussian())
+    _opt = fused_so.UBP(model, likelihood=fused_so.Gaussian())
     model.train()
     with pytest.raises(ValueError, match=r"module '1' \(Dropout\): drops units"):
         model(torch.randn(3, 4))
@@ -692,7 +692,7 @@ def test_a_dropout_put_in_training_mode_later_is_refused_in_the_forward_pass():
 
 def test_inputs_that_are_not_rows_are_refused():
     model = nn.Sequential(nn.Linear(4, 4))
-    fused_so.UBP(model, likelihood=fused_so.Gaussian())
+    _opt = fused_so.UBP(model, likelihood=fused_so.Gaussian())
     with pytest.raises(ValueError, match=r"rows of examples, \(n, d\); .*layer '0' .*\(2, 3, 4\)"):
         model(torch.randn(2, 3, 4))
 
