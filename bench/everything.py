@@ -91,6 +91,7 @@ STAGES = (
         "--methods kfac,kfac_tridiagonal --trials 8 --trial-budget 200u --run-budget 200u "
         "--threads 1"
     ),
+    _train("curves_512", "curves", "--optimizers kfac --seconds 20 --batch-size 512"),
     _train(
         "curves_tridiagonal",
         "curves",
