@@ -307,15 +307,11 @@ def squared_norm(updates: list[Update]) -> Tensor:
 
 
 def _quotients(values: list[Tensor], alphas: list[Tensor | float]) -> Tensor:
-    """values / alphas, stacked; with one division where all alphas are tensors."""
+    """values / alphas, stacked: one division where all alphas are tensors, none by the number 1."""
     if all([isinstance(alpha, Tensor) for alpha in alphas]):
         return torch.stack(values) / torch.stack(alphas)
-    return torch.stack([over(x, alpha) for x, alpha in zip(values, alphas, strict=True)])
-
-
-def over(x: Tensor, alpha: Tensor | float) -> Tensor:
-    """x / alpha, in which the number 1 takes no op."""
-    return x / alpha if isinstance(alpha, Tensor) or alpha != 1 else x
+    pairs = zip(values, alphas, strict=True)
+    return torch.stack([x / a if isinstance(a, Tensor) or a != 1 else x for x, a in pairs])
 
 
 def _by_kind(updates: list[Update]) -> list[list[Update]]:
