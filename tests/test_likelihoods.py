@@ -272,6 +272,34 @@ def test_a_score_of_no_probability_counts_as_that_of_0_or_1():
     close(Bernoulli().value_from_score(f, score), F.binary_cross_entropy_with_logits(f, y))
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_the_least_value_is_no_more_than_the_value(case, reduction):
+    likelihood = replace(case.likelihood, reduction=reduction)
+    score = likelihood.score(case.outputs, case.targets)
+    least = likelihood.least_value(case.outputs, score)
+    assert 0 <= least <= likelihood.value_from_score(case.outputs, score)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_the_least_value_of_binary_targets_is_pinskers(reduction):
+    likelihood, f = Bernoulli(reduction=reduction), draw(6, 4)
+    for y in (draw(6, 4).sigmoid(), (draw(4, 6).reshape(6, 4) > 0).double()):
+        least = 2 * (f.sigmoid() - y).square().sum() / likelihood.normalizer(f)
+        close(likelihood.least_value(f, likelihood.score(f, y)), least)
+    # The entropy of the targets is all that is missing where they are near the probabilities.
+    y = (f + 1e-3).sigmoid()
+    entropy = -(y * y.log() + (1 - y) * (1 - y).log()).sum() / likelihood.normalizer(f)
+    missing = likelihood.value(f, y).sum() - entropy
+    least = likelihood.least_value(f, likelihood.score(f, y))
+    assert 0.1 * missing < least < missing
+
+
+def test_a_score_of_no_probability_tells_of_no_least_value():
+    f = draw(6, 4)
+    y = (draw(4, 6).reshape(6, 4) > 0).double()
+    assert Bernoulli().least_value(f, 1024 * Bernoulli().score(f, y)) == 0
+
+
 def test_a_score_of_no_target_has_the_value_0():
     f = draw(6, 4)
     assert Categorical().value_from_score(f, f.softmax(1)) == 0

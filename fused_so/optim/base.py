@@ -143,13 +143,14 @@ class ModelOptimizer(torch.optim.Optimizer):
         group: dict[str, Any],
         kinds: list[list[Update]],
         squares: list[Tensor | None] | None = None,
-        decreases: list[Tensor | None] | None = None,
+        largest_decrease: Callable[[list[Update], Tensor], Tensor | None] | None = None,
     ) -> list[Tensor]:
         """The factors that keep the norms of the updates, one kind at a time, below max_norm.
 
         All are 0, which skips the step, if any gradient of the group is not finite. `squares` are
-        the squared norms, where they are known, and `decreases` the most, where there is a limit,
-        by which the updates may lower the loss as its gradient predicts, in units of the squares.
+        the squared norms, where they are known. `largest_decrease` is given the updates and by how
+        much they lower the loss as its gradient predicts, in units of the squares; it returns the
+        most by which they may, or None where that is no less.
         """
         if not kinds:
             return []
@@ -160,11 +161,12 @@ class ModelOptimizer(torch.optim.Optimizer):
         finite = torch.isfinite(sum(square.to(squares[0].device) for square in squares))
         self._readback.watch(finite, self._warn_unless_finite)
         factors = []
-        for square, decrease in zip(squares, decreases or [None] * len(kinds), strict=True):
+        for updates, square in zip(kinds, squares, strict=True):
             factor = torch.ones_like(square)
             if group["max_norm"] is not None:
                 # nu = min(1, max_norm / norm); rounding may leave 0 below zero
                 factor = (group["max_norm"] / square.clamp(min=0.0).sqrt()).clamp(max=1.0)
+            decrease = largest_decrease and largest_decrease(updates, factor * square)
             if decrease is not None:
                 # nu Delta^T g / alpha <= decrease
                 factor = torch.fmin(factor, decrease.to(square) / square.clamp(min=_TINY))

@@ -15,6 +15,7 @@ from fused_so._dtypes import accumulate
 from fused_so.capture import hook
 from fused_so.likelihoods import Likelihood
 from fused_so.optim.base import loss_scale
+from fused_so.optim.readback import Readback
 
 MOST_PASSES = 64
 
@@ -70,14 +71,33 @@ class BatchLoss:
         Of several passes the mean, each taken to have been divided by their number, as where
         gradients are accumulated; the sum if L is one.
         """
+        return self._mean(self._likelihood.value_from_score, grad_scaler)
+
+    def is_at_least(
+        self, amount: Tensor, grad_scaler: torch.amp.GradScaler | None = None
+    ) -> bool:
+        """Whether L is known to be, from less than it takes to compute it, and without waiting."""
+        if Readback.waits_for(amount):
+            return False
+        least = self._mean(self._likelihood.least_value, grad_scaler)
+        return least is not None and bool(least >= amount)
+
+    def _mean(
+        self,
+        of_pass: Callable[[Tensor, Tensor], Tensor],
+        grad_scaler: torch.amp.GradScaler | None,
+    ) -> Tensor | None:
+        """The mean, or the sum if L is one, over the passes, of a function of outputs and score."""
         if not self._passes:
             return None
         count = 1 if self._likelihood.reduction in ("sum", "none") else len(self._passes)
         values = []
         for outputs, g in self._passes:
-            score = accumulate(g) * (count / loss_scale(grad_scaler, g.device))
-            values.append(self._likelihood.value_from_score(outputs, score))
-        return sum(value.to(values[0].device) for value in values) / count
+            factor = count / loss_scale(grad_scaler, g.device)
+            one = not isinstance(factor, Tensor) and factor == 1
+            values.append(of_pass(outputs, accumulate(g) if one else accumulate(g) * factor))
+        first, *others = values
+        return sum((value.to(first.device) for value in others), first) / count
 
 
 def _has_memory(x: Tensor) -> bool:

@@ -164,7 +164,7 @@ class EKFAC(FisherOptimizer):
             state["diagonal"] = state["output_values"][:, None] * inputs
             state["diagonal_examples"] = state["output_examples"]
 
-    def drift_product(self, factor: Factor, v: Tensor) -> Tensor:
+    def drift_product(self, factor: Factor, damping: Tensor, v: Tensor) -> Tensor:
         # Of a basis only the shape of C matters: at the scale and with the damping of then.
         covariance, values = factor.get("covariance"), factor.get("values")
         trace = covariance.diagonal().sum()

@@ -157,18 +157,17 @@ class FactorOptimizer(LayerOptimizer):
         The root mean square eigenvalue of (C + lambda I) A - I, the larger of the two sides',
         estimated by one random vector v: |(C + lambda I) A v - v| / |v|.
         """
-        residuals = []
+        dampings, residuals = self.dampings(layer), []
         for factor in self.factors(layer):
             covariance = factor.get("covariance")
             v = probe(len(covariance), covariance.dtype, covariance.device)
-            av = self.solve(factor, v)
-            residual = self.drift_product(factor, av) - v
-            residuals.append(residual.norm() / v.norm())
+            product = self.drift_product(factor, dampings[factor.side], self.solve(factor, v))
+            residuals.append((product - v).norm() / v.norm())
         return torch.stack(residuals).amax()
 
-    def drift_product(self, factor: Factor, v: Tensor) -> Tensor:
+    def drift_product(self, factor: Factor, damping: Tensor, v: Tensor) -> Tensor:
         """(C + lambda I) v, with C and lambda as they are now."""
-        return factor.get("covariance") @ v + self.dampings(factor.layer)[factor.side] * v
+        return torch.addcmul(factor.get("covariance") @ v, damping, v)
 
     def solve(self, factor: Factor, v: Tensor) -> Tensor:
         """(C + lambda I)^-1 v, with C and lambda as they were at the last refresh."""

@@ -151,18 +151,21 @@ class FisherOptimizer(KroneckerOptimizer):
         # F is that of the loss; the bound is on twice the divergence an example, N / n of it.
         return layer.state["scale"]
 
-    def largest_decrease(self, group: dict[str, Any]) -> Tensor | None:
+    def largest_decrease(self, group: dict[str, Any], predicted: Tensor) -> Tensor | None:
         """max_decrease times the batch's objective, loss + eta / 2 |theta|^2, over alpha."""
-        objective = self._loss_bounding(group)
-        if objective is None:
+        if group["max_decrease"] is None:
             return None
         layers = [layer for layer in self._layers if layer.group is group and layer.inverted]
+        times = group["max_decrease"] / self.curvature_scale(layers[0])
+        objective = self._loss_bounding(group, predicted / times)
+        if objective is None:
+            return None
         if group["weight_decay"]:
             params = [p for layer in layers for p in (layer.module.weight, layer.bias)]
             squares = [accumulate(p).square().sum() for p in params if p is not None]
             penalty = sum(square.to(objective.device) for square in squares)
             objective = objective + group["weight_decay"] / 2 * penalty
-        return group["max_decrease"] / self.curvature_scale(layers[0]) * objective
+        return times * objective
 
     def mean_variances(self, layer: Layer) -> tuple[Tensor, Tensor]:
         """tr C / in and tr G / out, both positive.

@@ -62,8 +62,11 @@ class KroneckerOptimizer(FactorOptimizer):
         """alpha in the layer's metric F = alpha A (x) G, by which the bound's norm is divided."""
         return 1.0
 
-    def largest_decrease(self, group: dict[str, Any]) -> Tensor | None:
-        """The most by which a group's update may lower the loss, over alpha, or None."""
+    def largest_decrease(self, group: dict[str, Any], predicted: Tensor) -> Tensor | None:
+        """The most by which the update of a group's layers may lower the loss, over alpha.
+
+        None where that is no less than what its gradient predicts, `predicted`, over alpha too.
+        """
         return None
 
     def gradients(self, layer: Layer) -> tuple[Tensor, Tensor]:
@@ -131,8 +134,11 @@ class KroneckerOptimizer(FactorOptimizer):
         self.refresh([layer for layer in self._layers if layer.module.weight.grad is not None])
         for group in self.param_groups:
             kinds = self._updates(group)
-            decreases = [self.largest_decrease(group) if k == "layers" else None for k in kinds]
-            bounds = self._bounds(group, list(kinds.values()), decreases=decreases)
+
+            def largest(updates, predicted, group=group, layered=kinds.get("layers")):
+                return self.largest_decrease(group, predicted) if updates is layered else None
+
+            bounds = self._bounds(group, list(kinds.values()), largest_decrease=largest)
             for (kind, updates), bound in zip(kinds.items(), bounds, strict=True):
                 self._take(group, kind, updates, bound)
 

@@ -202,9 +202,12 @@ class LayerOptimizer(ModelOptimizer):
     def _wants_loss(self) -> bool:
         return any(group["max_decrease"] is not None for group in self.param_groups)
 
-    def _loss_bounding(self, group: dict[str, Any]) -> Tensor | None:
-        """The batch's loss, if it is known and bounds the group's updates."""
+    def _loss_bounding(self, group: dict[str, Any], least: Tensor) -> Tensor | None:
+        """The batch's loss, if the group's updates are bounded by it, and it may be below `least`.
+        """
         if self._batch_loss is None or group["max_decrease"] is None:
+            return None
+        if self._batch_loss.is_at_least(least, self._grad_scaler):
             return None
         return self._batch_loss.value(self._grad_scaler)
 

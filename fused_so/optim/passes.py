@@ -126,10 +126,10 @@ class OutputPasses:
         if self._kind == "sampled":
             # N sum_i s s^T is the mean over i of n N s s^T
             targets = likelihood.sample(outputs)
-            yield math.sqrt(n * normalizer) * likelihood.score(outputs, targets)
+            yield likelihood.score(outputs, targets).mul_(math.sqrt(n * normalizer))
         elif self._kind == "gauss_newton":
             # sum_i S r (S r)^T is the mean over i of n of them
-            yield math.sqrt(n) * likelihood.sketch(outputs)
+            yield likelihood.sketch(outputs).mul_(math.sqrt(n))
         else:
             # sum_ik S_k S_k^T is the mean over i and k of n o of them
             columns = likelihood.curvature_sqrt_columns(outputs)

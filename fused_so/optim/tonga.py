@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -178,17 +179,19 @@ class TONGA(LayerOptimizer):
             found.append((group, kinds))
         for group, kinds in found:
             updates, squares = [u for u, _ in kinds], [square for _, square in kinds]
-            decreases = [self._largest_decrease(group, same) for same in updates]
-            bounds = self._bounds(group, updates, squares, decreases)
+            bounds = self._bounds(group, updates, squares, partial(self._largest_decrease, group))
             for same, bound in zip(updates, bounds, strict=True):
                 self._apply(group, same, bound)
 
-    def _largest_decrease(self, group: dict[str, Any], updates: list[Update]) -> Tensor | None:
+    def _largest_decrease(
+        self, group: dict[str, Any], updates: list[Update], predicted: Tensor
+    ) -> Tensor | None:
         """max_decrease times the batch's loss, over alpha; None of plain gradients."""
-        if updates[0].delta is updates[0].param.grad:
+        if group["max_decrease"] is None or updates[0].delta is updates[0].param.grad:
             return None
-        loss = self._loss_bounding(group)
-        return None if loss is None else group["max_decrease"] / updates[0].alpha * loss
+        times = group["max_decrease"] / updates[0].alpha
+        loss = self._loss_bounding(group, predicted / times)
+        return None if loss is None else times * loss
 
     def _blocks(self, group: dict[str, Any]) -> list[list[tuple[Layer, Rows]]]:
         """The group's layers with what they received, those with equally many rows together."""

@@ -198,6 +198,54 @@ def test_no_update_predicts_a_larger_decrease(method, kind, reduction, weight_de
     assert 0 < opt.diagnostics()["bound"][0] < 1
 
 
+def test_a_loss_that_is_large_enough_is_told_by_its_gradient():
+    model = chain(4, 5, 3)
+    watch = BatchLoss(model, fused_so.Bernoulli(), always)
+    assert not watch.is_at_least(torch.tensor(0.0))
+    least = []
+    for n in (7, 5):
+        x, y = torch.randn(n, 4, dtype=DOUBLE), targets("bernoulli", n, 3)
+        outputs = model(x)
+        (loss_of("bernoulli", outputs, y) / 2).backward()
+        least.append(2 * (outputs.detach().sigmoid() - y).square().mean())
+    least = sum(least) / 2
+    assert watch.is_at_least(0.999 * least)
+    assert not watch.is_at_least(1.001 * least)
+    assert not watch.is_at_least(torch.tensor(torch.nan))
+    watch.forget()
+    assert not watch.is_at_least(0.999 * least)
+
+
+@pytest.mark.parametrize("share, computed", [(2.0, False), (0.05, True), (1e-3, True)])
+@pytest.mark.parametrize("method", [*METHODS, "TONGA"])
+def test_the_loss_is_computed_only_where_it_may_bound_the_step(
+    method, share, computed, monkeypatch
+):
+    values, models = [], [chain(4, 5, 3) for _ in range(2)]
+    value = BatchLoss.value
+
+    def counted(*arguments):
+        values.append(value(*arguments))
+        return values[-1]
+
+    monkeypatch.setattr(BatchLoss, "value", counted)
+    models[1].load_state_dict(models[0].state_dict())
+    x, y = torch.randn(30, 4, dtype=DOUBLE), targets("bernoulli", 30, 3)
+    build, likelihood = getattr(fused_so, method), fused_so.Bernoulli(reduction="batchmean")
+    for model in models:
+        torch.manual_seed(0)
+        opt = build(model, lr=0.1, likelihood=likelihood, max_decrease=share)
+        for _ in range(3):
+            opt.zero_grad()
+            loss_of("bernoulli", model(x), y, "batchmean").backward()
+            opt.step()
+        if model is models[0]:
+            assert bool(values) == computed
+            monkeypatch.setattr(BatchLoss, "is_at_least", lambda *_: False)
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(p, q)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_passes_of_the_curvature_are_no_batches_of_the_loss(method):
     models = [chain(4, 5, 3) for _ in range(2)]
