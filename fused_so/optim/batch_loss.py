@@ -73,9 +73,7 @@ class BatchLoss:
         """
         return self._mean(self._likelihood.value_from_score, grad_scaler)
 
-    def is_at_least(
-        self, amount: Tensor, grad_scaler: torch.amp.GradScaler | None = None
-    ) -> bool:
+    def is_at_least(self, amount: Tensor, grad_scaler: torch.amp.GradScaler | None = None) -> bool:
         """Whether L is known to be, from less than it takes to compute it, and without waiting."""
         if Readback.waits_for(amount):
             return False

@@ -135,8 +135,9 @@ class KroneckerOptimizer(FactorOptimizer):
         for group in self.param_groups:
             kinds = self._updates(group)
 
-            def largest(updates, predicted, group=group, layered=kinds.get("layers")):
-                return self.largest_decrease(group, predicted) if updates is layered else None
+            def largest(updates, predicted, group=group, kinds=kinds):
+                layered = updates is kinds.get("layers")
+                return self.largest_decrease(group, predicted) if layered else None
 
             bounds = self._bounds(group, list(kinds.values()), largest_decrease=largest)
             for (kind, updates), bound in zip(kinds.items(), bounds, strict=True):

@@ -203,8 +203,7 @@ class LayerOptimizer(ModelOptimizer):
         return any(group["max_decrease"] is not None for group in self.param_groups)
 
     def _loss_bounding(self, group: dict[str, Any], least: Tensor) -> Tensor | None:
-        """The batch's loss, if the group's updates are bounded by it, and it may be below `least`.
-        """
+        """The batch's loss; None if it bounds no update of the group, or is known to be >= least."""
         if self._batch_loss is None or group["max_decrease"] is None:
             return None
         if self._batch_loss.is_at_least(least, self._grad_scaler):
