@@ -273,31 +273,56 @@ def test_a_score_of_no_probability_counts_as_that_of_0_or_1():
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_the_least_value_is_no_more_than_the_value(case, reduction):
-    likelihood = replace(case.likelihood, reduction=reduction)
-    score = likelihood.score(case.outputs, case.targets)
-    least = likelihood.least_value(case.outputs, score)
-    assert 0 <= least <= likelihood.value_from_score(case.outputs, score)
-
-
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_the_least_value_of_binary_targets_is_pinskers(reduction):
+def test_the_lower_bound_of_the_value_of_binary_targets_is_pinskers(reduction):
     likelihood, f = Bernoulli(reduction=reduction), draw(6, 4)
     for y in (draw(6, 4).sigmoid(), (draw(4, 6).reshape(6, 4) > 0).double()):
-        least = 2 * (f.sigmoid() - y).square().sum() / likelihood.normalizer(f)
-        close(likelihood.least_value(f, likelihood.score(f, y)), least)
+        bound = 2 * (f.sigmoid() - y).square().sum() / likelihood.normalizer(f)
+        close(likelihood.value_lower_bound(f, likelihood.score(f, y)), bound)
     # The entropy of the targets is all that is missing where they are near the probabilities.
     y = (f + 1e-3).sigmoid()
     entropy = -(y * y.log() + (1 - y) * (1 - y).log()).sum() / likelihood.normalizer(f)
     missing = likelihood.value(f, y).sum() - entropy
-    least = likelihood.least_value(f, likelihood.score(f, y))
-    assert 0.1 * missing < least < missing
+    bound = likelihood.value_lower_bound(f, likelihood.score(f, y))
+    assert 0.1 * missing < bound < missing
 
 
-def test_a_score_of_no_probability_tells_of_no_least_value():
-    f = draw(6, 4)
-    y = (draw(4, 6).reshape(6, 4) > 0).double()
-    assert Bernoulli().least_value(f, 1024 * Bernoulli().score(f, y)) == 0
+@pytest.mark.parametrize("factor", [0.1, 1.0, 2.0, 10.0, 1024.0])
+@pytest.mark.parametrize("fit", [0.3, 4.0, 12.0])
+def test_no_score_has_a_lower_bound_above_its_value(case, fit, factor):
+    likelihood = case.likelihood
+    score = factor * likelihood.score(case.outputs, case.targets)
+    bound = likelihood.value_lower_bound(case.outputs, score)
+    assert 0 <= bound <= likelihood.value_from_score(case.outputs, score)
+    y = (draw(6, 4) > 0).double()
+    f = fit * (2 * y - 1)
+    score = factor * Bernoulli().score(f, y)
+    bound = Bernoulli().value_lower_bound(f, score)
+    assert 0 < bound <= Bernoulli().value_from_score(f, score)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_lower_bound_is_of_the_accumulate_dtype(dtype):
+    f, y = draw(6, 4).to(dtype), (draw(6, 4) > 0).to(dtype)
+    for likelihood in (Bernoulli(), Gaussian(), Categorical()):
+        assert likelihood.value_lower_bound(f, torch.zeros_like(f)).dtype == torch.float32
+    score = Bernoulli().score(f, y).to(dtype)
+    bound = Bernoulli().value_lower_bound(f, score)
+    expected = 2 * score.float().square().sum() * f.numel()
+    torch.testing.assert_close(bound, expected, rtol=1e-2, atol=0)
+
+
+def test_nothing_has_the_lower_bound_0_and_what_is_no_number_none():
+    assert Bernoulli().value_lower_bound(torch.empty(0, 3), torch.empty(0, 3)) == 0
+    f = torch.full((2, 3), torch.nan)
+    assert Bernoulli().value_lower_bound(f, torch.ones(2, 3)).isnan()
+
+
+def test_a_logit_that_is_infinite_has_no_curvature():
+    f = torch.tensor([[torch.inf, -torch.inf, 0.0]])
+    expected = torch.tensor([[0.0, 0.0, 0.5]])
+    ones = torch.ones_like(f)
+    found = Bernoulli(reduction="sum").curvature_sqrt_product(f, ones)
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_score_of_no_target_has_the_value_0():

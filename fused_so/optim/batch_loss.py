@@ -75,10 +75,10 @@ class BatchLoss:
 
     def is_at_least(self, amount: Tensor, grad_scaler: torch.amp.GradScaler | None = None) -> bool:
         """Whether L is known to be, from less than it takes to compute it, and without waiting."""
-        if Readback.waits_for(amount):
+        if any(map(Readback.waits_for, (amount, *(g for _, g in self._passes)))):
             return False
-        least = self._mean(self._likelihood.least_value, grad_scaler)
-        return least is not None and bool(least >= amount)
+        bound = self._mean(self._likelihood.value_lower_bound, grad_scaler)
+        return bound is not None and bool(bound >= amount)
 
     def _mean(
         self,

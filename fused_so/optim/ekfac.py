@@ -164,12 +164,15 @@ class EKFAC(FisherOptimizer):
             state["diagonal"] = state["output_values"][:, None] * inputs
             state["diagonal_examples"] = state["output_examples"]
 
+    def drift_dampings(self, layer: Layer) -> dict[str, Tensor]:
+        return {factor.side: factor.get("basis_damping") for factor in self.factors(layer)}
+
     def drift_product(self, factor: Factor, damping: Tensor, v: Tensor) -> Tensor:
         # Of a basis only the shape of C matters: at the scale and with the damping of then.
         covariance, values = factor.get("covariance"), factor.get("values")
         trace = covariance.diagonal().sum()
         scale = torch.where(trace > 0, values.sum() / trace, 1.0)
-        return scale * (covariance @ v) + factor.get("basis_damping") * v
+        return torch.addcmul(scale * (covariance @ v), damping, v)
 
     def solve(self, factor: Factor, v: Tensor) -> Tensor:
         values, basis = factor.get("values"), factor.get("basis")

@@ -157,7 +157,7 @@ class FactorOptimizer(LayerOptimizer):
         The root mean square eigenvalue of (C + lambda I) A - I, the larger of the two sides',
         estimated by one random vector v: |(C + lambda I) A v - v| / |v|.
         """
-        dampings, residuals = self.dampings(layer), []
+        dampings, residuals = self.drift_dampings(layer), []
         for factor in self.factors(layer):
             covariance = factor.get("covariance")
             v = probe(len(covariance), covariance.dtype, covariance.device)
@@ -165,8 +165,12 @@ class FactorOptimizer(LayerOptimizer):
             residuals.append((product - v).norm() / v.norm())
         return torch.stack(residuals).amax()
 
+    def drift_dampings(self, layer: Layer) -> dict[str, Tensor]:
+        """lambda of each side."""
+        return self.dampings(layer)
+
     def drift_product(self, factor: Factor, damping: Tensor, v: Tensor) -> Tensor:
-        """(C + lambda I) v, with C and lambda as they are now."""
+        """(C + lambda I) v, with C as it is now."""
         return torch.addcmul(factor.get("covariance") @ v, damping, v)
 
     def solve(self, factor: Factor, v: Tensor) -> Tensor:

@@ -153,11 +153,9 @@ class FisherOptimizer(KroneckerOptimizer):
 
     def largest_decrease(self, group: dict[str, Any], predicted: Tensor) -> Tensor | None:
         """max_decrease times the batch's objective, loss + eta / 2 |theta|^2, over alpha."""
-        if group["max_decrease"] is None:
-            return None
         layers = [layer for layer in self._layers if layer.group is group and layer.inverted]
-        times = group["max_decrease"] / self.curvature_scale(layers[0])
-        objective = self._loss_bounding(group, predicted / times)
+        alpha = self.curvature_scale(layers[0])
+        objective = self._loss_bounding(group, alpha * predicted)
         if objective is None:
             return None
         if group["weight_decay"]:
@@ -165,7 +163,7 @@ class FisherOptimizer(KroneckerOptimizer):
             squares = [accumulate(p).square().sum() for p in params if p is not None]
             penalty = sum(square.to(objective.device) for square in squares)
             objective = objective + group["weight_decay"] / 2 * penalty
-        return times * objective
+        return group["max_decrease"] / alpha * objective
 
     def mean_variances(self, layer: Layer) -> tuple[Tensor, Tensor]:
         """tr C / in and tr G / out, both positive.

@@ -13,6 +13,7 @@ engine preconditions with them, by rows or by gradients, bounds the step and app
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -134,14 +135,19 @@ class KroneckerOptimizer(FactorOptimizer):
         self.refresh([layer for layer in self._layers if layer.module.weight.grad is not None])
         for group in self.param_groups:
             kinds = self._updates(group)
-
-            def largest(updates, predicted, group=group, kinds=kinds):
-                layered = updates is kinds.get("layers")
-                return self.largest_decrease(group, predicted) if layered else None
-
+            largest = partial(self._largest_decrease, group, kinds.get("layers"))
             bounds = self._bounds(group, list(kinds.values()), largest_decrease=largest)
             for (kind, updates), bound in zip(kinds.items(), bounds, strict=True):
                 self._take(group, kind, updates, bound)
+
+    def _largest_decrease(
+        self,
+        group: dict[str, Any],
+        layered: list[Update] | None,
+        updates: list[Update],
+        predicted: Tensor,
+    ) -> Tensor | None:
+        return self.largest_decrease(group, predicted) if updates is layered else None
 
     def _take(self, group: dict, kind: str, updates: list[Update], bound: Tensor) -> None:
         layers = kind == "layers"

@@ -202,11 +202,14 @@ class LayerOptimizer(ModelOptimizer):
     def _wants_loss(self) -> bool:
         return any(group["max_decrease"] is not None for group in self.param_groups)
 
-    def _loss_bounding(self, group: dict[str, Any], least: Tensor) -> Tensor | None:
-        """The batch's loss; None if it bounds no update of the group, or is known to be >= least."""
+    def _loss_bounding(self, group: dict[str, Any], predicted: Tensor) -> Tensor | None:
+        """The batch's loss; None where it cannot bound the group's updates, unknown or not.
+
+        `predicted` is by how much its gradient says that they lower it.
+        """
         if self._batch_loss is None or group["max_decrease"] is None:
             return None
-        if self._batch_loss.is_at_least(least, self._grad_scaler):
+        if self._batch_loss.is_at_least(predicted / group["max_decrease"], self._grad_scaler):
             return None
         return self._batch_loss.value(self._grad_scaler)
 

@@ -187,11 +187,11 @@ class TONGA(LayerOptimizer):
         self, group: dict[str, Any], updates: list[Update], predicted: Tensor
     ) -> Tensor | None:
         """max_decrease times the batch's loss, over alpha; None of plain gradients."""
-        if group["max_decrease"] is None or updates[0].delta is updates[0].param.grad:
+        if updates[0].delta is updates[0].param.grad:
             return None
-        times = group["max_decrease"] / updates[0].alpha
-        loss = self._loss_bounding(group, predicted / times)
-        return None if loss is None else times * loss
+        alpha = updates[0].alpha
+        loss = self._loss_bounding(group, alpha * predicted)
+        return None if loss is None else group["max_decrease"] / alpha * loss
 
     def _blocks(self, group: dict[str, Any]) -> list[list[tuple[Layer, Rows]]]:
         """The group's layers with what they received, those with equally many rows together."""

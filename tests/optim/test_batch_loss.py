@@ -216,10 +216,46 @@ def test_a_loss_that_is_large_enough_is_told_by_its_gradient():
     assert not watch.is_at_least(0.999 * least)
 
 
+def test_a_loss_on_a_device_that_would_be_waited_for_is_not_looked_at():
+    watch = BatchLoss(chain(4, 5, 3), fused_so.Bernoulli(), always)
+    with FakeTensorMode():
+        on_gpu = torch.ones(2, 3, device="cuda")
+    watch._passes.append((on_gpu, on_gpu))
+    assert not watch.is_at_least(torch.tensor(0.0))
+    watch.forget()
+    watch._passes.append((torch.ones(2, 3), torch.ones(2, 3)))
+    assert watch.is_at_least(torch.tensor(0.0))
+    with FakeTensorMode():
+        assert not watch.is_at_least(torch.tensor(0.0, device="cuda"))
+
+
+def test_an_empty_batch_of_a_sum_has_no_loss_and_moves_nothing():
+    model = chain(4, 5, 3)
+    opt = fused_so.KFAC(
+        model, likelihood=fused_so.Bernoulli(reduction="sum"), factors="empirical"
+    )  # fmt: skip
+    before = parameters(model)
+    outputs = model(torch.empty(0, 4, dtype=DOUBLE))
+    F.binary_cross_entropy_with_logits(
+        outputs, torch.empty(0, 3, dtype=DOUBLE), reduction="sum"
+    ).backward()
+    opt.step()
+    assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
+
+
 @pytest.mark.parametrize("share, computed", [(2.0, False), (0.05, True), (1e-3, True)])
-@pytest.mark.parametrize("method", [*METHODS, "TONGA"])
+@pytest.mark.parametrize(
+    "method, options",
+    [
+        ("KFAC", {}),
+        ("KFAC", {"weight_decay": 0.1}),
+        ("EKFAC", {}),
+        ("EKFAC", {"momentum": 0.5}),
+        ("TONGA", {}),
+    ],
+)
 def test_the_loss_is_computed_only_where_it_may_bound_the_step(
-    method, share, computed, monkeypatch
+    method, options, share, computed, monkeypatch
 ):
     values, models = [], [chain(4, 5, 3) for _ in range(2)]
     value = BatchLoss.value
@@ -234,11 +270,15 @@ def test_the_loss_is_computed_only_where_it_may_bound_the_step(
     build, likelihood = getattr(fused_so, method), fused_so.Bernoulli(reduction="batchmean")
     for model in models:
         torch.manual_seed(0)
-        opt = build(model, lr=0.1, likelihood=likelihood, max_decrease=share)
+        scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+        opt = build(
+            model, lr=0.1, likelihood=likelihood, max_decrease=share, grad_scaler=scaler, **options
+        )
         for _ in range(3):
             opt.zero_grad()
-            loss_of("bernoulli", model(x), y, "batchmean").backward()
-            opt.step()
+            scaler.scale(loss_of("bernoulli", model(x), y, "batchmean")).backward()
+            scaler.step(opt)
+            scaler.update()
         if model is models[0]:
             assert bool(values) == computed
             monkeypatch.setattr(BatchLoss, "is_at_least", lambda *_: False)
