@@ -243,6 +243,7 @@ def test_an_empty_batch_of_a_sum_has_no_loss_and_moves_nothing():
     assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("reduction", ["batchmean", "sum"])
 @pytest.mark.parametrize("share, computed", [(2.0, False), (0.05, True), (1e-3, True)])
 @pytest.mark.parametrize(
     "method, options",
@@ -255,7 +256,7 @@ def test_an_empty_batch_of_a_sum_has_no_loss_and_moves_nothing():
     ],
 )
 def test_the_loss_is_computed_only_where_it_may_bound_the_step(
-    method, options, share, computed, monkeypatch
+    method, options, share, computed, reduction, monkeypatch
 ):
     values, models = [], [chain(4, 5, 3) for _ in range(2)]
     value = BatchLoss.value
@@ -267,7 +268,9 @@ def test_the_loss_is_computed_only_where_it_may_bound_the_step(
     monkeypatch.setattr(BatchLoss, "value", counted)
     models[1].load_state_dict(models[0].state_dict())
     x, y = torch.randn(30, 4, dtype=DOUBLE), targets("bernoulli", 30, 3)
-    build, likelihood = getattr(fused_so, method), fused_so.Bernoulli(reduction="batchmean")
+    build, likelihood = getattr(fused_so, method), fused_so.Bernoulli(reduction=reduction)
+    if method == "TONGA" and reduction == "sum":
+        options = {**options, "loss_reduction": "sum"}
     for model in models:
         torch.manual_seed(0)
         scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
@@ -276,7 +279,7 @@ def test_the_loss_is_computed_only_where_it_may_bound_the_step(
         )
         for _ in range(3):
             opt.zero_grad()
-            scaler.scale(loss_of("bernoulli", model(x), y, "batchmean")).backward()
+            scaler.scale(loss_of("bernoulli", model(x), y, reduction)).backward()
             scaler.step(opt)
             scaler.update()
         if model is models[0]:
