@@ -83,7 +83,7 @@ STAGES = (
         "--batch-size 1024 --run-budget 30s --trials 1"
     ),
     Stage(
-        "-m bench.evidence --out {out}/evidence_paper --problems curves "
+        "-m bench.evidence --out {out}/evidence_paper "
         "--methods adam,kfac,kfac_paper,kfac_paper_tridiagonal"
     ),
     Stage(
@@ -91,7 +91,8 @@ STAGES = (
         "--methods kfac,kfac_tridiagonal --trials 8 --trial-budget 200u --run-budget 200u "
         "--threads 1"
     ),
-    _train("curves_512", "curves", "--optimizers kfac --seconds 20 --batch-size 512"),
+    _train("curves_512", "curves", "--optimizers kfac,kfac_growing --seconds 20 --batch-size 512"),
+    _train("curves_1024", "curves", "--optimizers kfac_growing --seconds 20 --batch-size 1024"),
     _train(
         "curves_tridiagonal",
         "curves",

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from optuna.distributions import BaseDistribution, FloatDistribution
 from torch import nn
+from torch.optim.lr_scheduler import LinearLR
 
 import fused_so
 from bench.normalization import MeanOnlyBatchNorm, normalized
@@ -88,6 +89,16 @@ def _fused_so(
     return build
 
 
+def _kfac_growing(
+    model: nn.Module, of_outputs: Any, *, lr: float = 0.6, **options: Any
+) -> torch.optim.Optimizer:
+    """K-FAC with a learning rate that grows from lr / 2 to lr over 300 updates."""
+    optimizer = fused_so.KFAC(model, lr, likelihood=of_outputs, **options)
+    schedule = LinearLR(optimizer, start_factor=0.5, total_iters=300)
+    optimizer.register_step_post_hook(lambda *_: schedule.step())
+    return optimizer
+
+
 def _published(module: str, name: str, *, of_parameters: bool = False, **fixed: Any):
     """The builder of another library's optimizer, which takes the model or its parameters."""
 
@@ -148,6 +159,7 @@ METHODS: dict[str, Method] = {
         lr=_log(3.2e-3, 1),
         relative_damping=_RELATIVE_DAMPING,
     ),
+    "kfac_growing": _method(_kfac_growing, lr=_log(3.2e-3, 1), relative_damping=_RELATIVE_DAMPING),
     "acp": _method(_fused_so("ACP"), lr=_log(3.2e-3, 1), relative_damping=_RELATIVE_DAMPING),
     "kfac_tridiagonal": _method(
         _fused_so("KFAC", likelihood=True, structure="block_tridiagonal"),
