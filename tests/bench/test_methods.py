@@ -43,6 +43,19 @@ def test_sgd_nesterov_steps_with_the_scheduled_momentum():
     assert model.weight.item() == pytest.approx(expected, rel=1e-12)
 
 
+def test_the_rate_of_kfac_growing_doubles_over_300_updates():
+    model = nn.Linear(2, 1)
+    optimizer = METHODS["kfac_growing"].build(model, Bernoulli())
+    rates = []
+    for _ in range(303):
+        optimizer.zero_grad()
+        model(torch.randn(4, 2)).sum().backward()
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+    expected = [0.3 + 0.3 * min(update / 300, 1) for update in range(303)]
+    assert rates == pytest.approx(expected, rel=1e-6)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_trains_with_every_hyperparameter_of_its_space(name):
     if name in PUBLISHED:
@@ -73,7 +86,8 @@ def test_trains_with_every_hyperparameter_of_its_space(name):
     assert not any(map(torch.equal, before, model.parameters()))
     for key, value in options.items():
         if key != "momentum_max":
-            assert optimizer.param_groups[0][key] == value
+            # A group's own may have been scheduled since.
+            assert {**optimizer.param_groups[0], **optimizer.defaults}[key] == value
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
