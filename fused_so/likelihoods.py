@@ -139,6 +139,16 @@ class Likelihood(ABC):
         _check_like("score", score, outputs)
         return self._value_lower_bound(x, score.to(x.dtype))
 
+    def has_score(self, outputs: Tensor, score: Tensor) -> Tensor:
+        """Whether `score` may be a gradient of L; a 0-dim bool. True where that cannot be told.
+
+        Only `Bernoulli` tells: its targets, which a score implies, are between 0 and 1, so that a
+        multiple of the score is found out. What is not a number is let pass.
+        """
+        x = self._checked(outputs, None)
+        _check_like("score", score, outputs)
+        return self._has_score(x, score.to(x.dtype))
+
     def sample(
         self,
         outputs: Tensor,
@@ -287,6 +297,9 @@ class Likelihood(ABC):
     def _value_lower_bound(self, x: Tensor, score: Tensor) -> Tensor:
         return score.new_zeros(())
 
+    def _has_score(self, x: Tensor, score: Tensor) -> Tensor:
+        return score.new_ones((), dtype=torch.bool)
+
     @abstractmethod
     def _sample(
         self, x: Tensor, targets: Tensor | None, generator: torch.Generator | None
@@ -402,6 +415,11 @@ class Bernoulli(Likelihood):
         n, p = max(self._normalizer(x, None), 1), x.sigmoid()
         targets = p.sub(score, alpha=n).clamp_(0, 1)
         return torch.linalg.vector_norm(targets.sub_(p)).square() * (2 / n)
+
+    def _has_score(self, x: Tensor, score: Tensor) -> Tensor:
+        # y = p - N g, where half precision has rounded
+        targets = x.sigmoid().sub_(score, alpha=max(self._normalizer(x, None), 1))
+        return ~((targets - 0.5).abs() > 0.51).any()
 
     def _sample(
         self, x: Tensor, targets: Tensor | None, generator: torch.Generator | None
@@ -542,10 +560,11 @@ class Categorical(Likelihood):
         return s * (v - (s * s * v).sum(dim, keepdim=True))
 
 
-def likelihood_of(loss: nn.Module | Likelihood) -> Likelihood:
+def likelihood_of(loss: nn.Module | Likelihood, *, name: str = "loss") -> Likelihood:
     """The likelihood whose `value` is this loss; a likelihood is returned as it is.
 
     Args:
+        name: what errors call it.
         loss: nn.MSELoss (Gaussian of scale sqrt(1/2)), nn.BCEWithLogitsLoss or
             nn.CrossEntropyLoss, whose reduction and ignore_index are kept.
 
@@ -558,8 +577,9 @@ def likelihood_of(loss: nn.Module | Likelihood) -> Likelihood:
         return loss
     if type(loss) not in (nn.MSELoss, nn.BCEWithLogitsLoss, nn.CrossEntropyLoss):
         raise TypeError(
-            "loss must be nn.MSELoss, nn.BCEWithLogitsLoss or nn.CrossEntropyLoss, or a "
-            f"Likelihood, got {type(loss).__name__}"
+            f"{name} must be nn.MSELoss, nn.BCEWithLogitsLoss or nn.CrossEntropyLoss, or a "
+            f"Likelihood, got {loss.__name__ if isinstance(loss, type) else type(loss).__name__}"
+            f"{', the class and not an object of it' if isinstance(loss, type) else ''}"
         )
     for option in ("weight", "pos_weight", "label_smoothing"):
         given = getattr(loss, option, None)

@@ -328,9 +328,10 @@ def check_number(
     name: str, value: float, low: float, high: float = math.inf, *, positive: bool = False
 ) -> None:
     """Raises unless `value` is a number in [low, high], and not 0 if `positive`."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if positive and number and value <= 0:
+        raise ValueError(f"{name} must be positive, got {value}")
     _check.within(name, value, low, high)
-    if positive and value == 0:
-        raise ValueError(f"{name} must be positive, got 0")
 
 
 def check_count(name: str, value: int) -> None:

@@ -73,6 +73,11 @@ class BatchLoss:
         """
         return self._mean(self._likelihood.value_from_score, grad_scaler)
 
+    def has_scores(self, grad_scaler: torch.amp.GradScaler | None = None) -> Tensor | None:
+        """Whether all gradients may be those of the likelihood; None as for `value`."""
+        found = self._of_passes(self._likelihood.has_score, grad_scaler)
+        return torch.stack([one.to(found[0].device) for one in found]).all() if found else None
+
     def is_at_least(self, amount: Tensor, grad_scaler: torch.amp.GradScaler | None = None) -> bool:
         """Whether L is known to be, from less than it takes to compute it, and without waiting."""
         if any(map(Readback.waits_for, (amount, *(g for _, g in self._passes)))):
@@ -88,14 +93,25 @@ class BatchLoss:
         """The mean, or the sum if L is one, over the passes, of a function of outputs and score."""
         if not self._passes:
             return None
-        count = 1 if self._likelihood.reduction in ("sum", "none") else len(self._passes)
+        first, *others = self._of_passes(of_pass, grad_scaler)
+        return sum((value.to(first.device) for value in others), first) / self._count
+
+    def _of_passes(
+        self,
+        of_pass: Callable[[Tensor, Tensor], Tensor],
+        grad_scaler: torch.amp.GradScaler | None,
+    ) -> list[Tensor]:
         values = []
         for outputs, g in self._passes:
-            factor = count / loss_scale(grad_scaler, g.device)
+            factor = self._count / loss_scale(grad_scaler, g.device)
             one = not isinstance(factor, Tensor) and factor == 1
             values.append(of_pass(outputs, accumulate(g) if one else accumulate(g) * factor))
-        first, *others = values
-        return sum((value.to(first.device) for value in others), first) / count
+        return values
+
+    @property
+    def _count(self) -> int:
+        """By how many passes the loss of each was divided."""
+        return 1 if self._likelihood.reduction in ("sum", "none") else len(self._passes)
 
 
 def _has_memory(x: Tensor) -> bool:

@@ -50,7 +50,7 @@ class FisherOptimizer(KroneckerOptimizer):
         factors: str | None,
         grad_scaler: torch.amp.GradScaler | None,
     ):
-        likelihood = None if likelihood is None else likelihood_of(likelihood)
+        likelihood = None if likelihood is None else likelihood_of(likelihood, name="likelihood")
         unasked = likelihood is None and factors is None
         factors = factors or ("empirical" if likelihood is None else "sampled")
         check_choice("factors", factors, FACTORS)

@@ -75,6 +75,7 @@ class LayerOptimizer(ModelOptimizer):
         self._layers: list[Layer] = []
         self._captures: list[Capture] = []
         self._batch_loss: BatchLoss | None = None
+        self._checked_scores = False  # once, whether they can be the likelihood's
         super().__init__(model, defaults, params)
         self._adopt()
         if not self._layers:
@@ -209,9 +210,24 @@ class LayerOptimizer(ModelOptimizer):
         """
         if self._batch_loss is None or group["max_decrease"] is None:
             return None
+        if not self._checked_scores:
+            found = self._batch_loss.has_scores(self._grad_scaler)
+            if found is not None:
+                self._checked_scores = True
+                self._readback.watch(found, self._warn_unless_scores)
         if self._batch_loss.is_at_least(predicted / group["max_decrease"], self._grad_scaler):
             return None
         return self._batch_loss.value(self._grad_scaler)
+
+    def _warn_unless_scores(self, found: Tensor) -> None:
+        if not found:
+            self._warn_once(
+                ("scores",),
+                "likelihood must be that of the loss, but no targets give the gradient at the "
+                "model's outputs: does its reduction differ from the loss's, or is the loss "
+                "multiplied by a number (a GradScaler's is known by grad_scaler=)? max_decrease "
+                "then makes steps too short",
+            )
 
     def remove_hooks(self) -> None:
         """Detaches the optimizer from the model; it can no longer learn statistics."""

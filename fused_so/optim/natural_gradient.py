@@ -129,7 +129,7 @@ class NaturalGradient(ModelOptimizer):
             check_count("adapt_damping_every", adapt_damping_every)
         check_grad_scaler(grad_scaler)
         TruncatedSteps.check(max_iterations, tolerance, progress, preconditioner)
-        of_outputs = likelihood_of(likelihood)
+        of_outputs = likelihood_of(likelihood, name="likelihood")
         self._metric, self._exact = metric, solver == "gram"
         self._trust = Trust(adapt_damping_every, line_search)
         self._grad_scaler = grad_scaler

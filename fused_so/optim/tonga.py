@@ -132,7 +132,7 @@ class TONGA(LayerOptimizer):
         _check_decay("decay", decay)
         check_count("directions", directions)
         check_grad_scaler(grad_scaler)
-        likelihood = None if likelihood is None else likelihood_of(likelihood)
+        likelihood = None if likelihood is None else likelihood_of(likelihood, name="likelihood")
         self._decay, self._directions = decay, directions
         self._loss_reduction, self._grad_scaler = loss_reduction, grad_scaler
         options = {

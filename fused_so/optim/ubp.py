@@ -130,7 +130,7 @@ class UBP(ModelOptimizer):
         if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
             raise ValueError(f"seed must be a whole number >= 0, got {seed!r}")
         check_grad_scaler(grad_scaler)
-        self._likelihood = likelihood_of(likelihood)
+        self._likelihood = likelihood_of(likelihood, name="likelihood")
         self._curvature, self._mode = curvature, mode
         self._sketch_size, self._seed = sketch_size, seed
         self._grad_scaler = grad_scaler

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 
 import pytest
@@ -241,6 +242,63 @@ def test_an_empty_batch_of_a_sum_has_no_loss_and_moves_nothing():
     ).backward()
     opt.step()
     assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("method", [*METHODS, "TONGA"])
+@pytest.mark.parametrize(
+    "reduction, of_loss, passes, scale, told",
+    [
+        ("mean", "mean", 1, 1, False),
+        ("batchmean", "batchmean", 1, 1, False),
+        ("sum", "sum", 1, 1, False),
+        ("mean", "mean", 2, 0.5, False),
+        ("mean", "sum", 1, 1, True),
+        ("mean", "batchmean", 1, 1, True),
+        ("mean", "mean", 1, 10, True),
+        ("mean", "mean", 2, 1, True),
+    ],
+)
+def test_a_loss_that_is_a_multiple_of_the_likelihoods_is_told(
+    method, reduction, of_loss, passes, scale, told
+):
+    torch.manual_seed(0)
+    model, likelihood = chain(4, 5, 3), fused_so.Bernoulli(reduction=reduction)
+    sums = {"loss_reduction": "sum"} if method == "TONGA" and of_loss == "sum" else {}
+    opt = getattr(fused_so, method)(model, likelihood=likelihood, **sums)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            opt.zero_grad()
+            for _ in range(passes):
+                x, y = torch.randn(30, 4, dtype=DOUBLE), targets("bernoulli", 30, 3)
+                (scale * loss_of("bernoulli", model(x), y, of_loss)).backward()
+            opt.step()
+    found = [str(one.message) for one in caught if "likelihood must be" in str(one.message)]
+    assert len(found) == told
+    assert all(one.startswith(f"{method}: likelihood must be that of the loss") for one in found)
+
+
+@pytest.mark.parametrize("method", [*METHODS, "TONGA"])
+def test_options_of_the_bound_are_checked(method):
+    build = partial(getattr(fused_so, method), chain(4, 5, 3), likelihood=fused_so.Bernoulli())
+    for value in (-1, 0):
+        with pytest.raises(ValueError, match=f"max_decrease must be positive, got {value}"):
+            build(max_decrease=value)
+    with pytest.raises(TypeError, match="likelihood must be nn.MSELoss.*got Bernoulli, the class"):
+        build(likelihood=fused_so.Bernoulli)
+    with pytest.raises(TypeError, match="likelihood must be nn.MSELoss.*got L1Loss$"):
+        build(likelihood=nn.L1Loss())
+
+
+def test_a_score_that_is_no_number_is_not_told():
+    f = torch.full((2, 3), torch.nan)
+    for likelihood in (fused_so.Bernoulli(), fused_so.Gaussian(), fused_so.Categorical()):
+        assert likelihood.has_score(f, f)
+    assert not fused_so.Bernoulli().has_score(torch.zeros(2, 3), torch.ones(2, 3))
+    # Rounded to half precision: 1 - p is N g but for 2^-9.
+    outputs = torch.randn(2, 3, generator=torch.Generator().manual_seed(0)).bfloat16()
+    score = fused_so.Bernoulli().score(outputs, torch.ones(2, 3)).bfloat16()
+    assert fused_so.Bernoulli().has_score(outputs, score)
 
 
 @pytest.mark.parametrize("reduction", ["batchmean", "sum"])
