@@ -89,14 +89,24 @@ def _fused_so(
     return build
 
 
+def _growing(optimizer: torch.optim.Optimizer, updates: int) -> torch.optim.Optimizer:
+    """The optimizer with a learning rate that grows to its own from half of it."""
+    schedule = LinearLR(optimizer, start_factor=0.5, total_iters=updates)
+    optimizer.register_step_post_hook(lambda *_: schedule.step())
+    return optimizer
+
+
 def _kfac_growing(
     model: nn.Module, of_outputs: Any, *, lr: float = 0.6, **options: Any
 ) -> torch.optim.Optimizer:
-    """K-FAC with a learning rate that grows from lr / 2 to lr over 300 updates."""
-    optimizer = fused_so.KFAC(model, lr, likelihood=of_outputs, **options)
-    schedule = LinearLR(optimizer, start_factor=0.5, total_iters=300)
-    optimizer.register_step_post_hook(lambda *_: schedule.step())
-    return optimizer
+    return _growing(fused_so.KFAC(model, lr, likelihood=of_outputs, **options), 300)
+
+
+def _adam_growing(
+    model: nn.Module, _: Any, *, lr: float = 1.8e-3, **options: Any
+) -> torch.optim.Optimizer:
+    """From the rate that a search of short trials finds on curves."""
+    return _growing(torch.optim.Adam(model.parameters(), lr=lr, **options), 1500)
 
 
 def _published(module: str, name: str, *, of_parameters: bool = False, **fixed: Any):
@@ -159,6 +169,7 @@ METHODS: dict[str, Method] = {
         lr=_log(3.2e-3, 1),
         relative_damping=_RELATIVE_DAMPING,
     ),
+    "adam_growing": _method(_adam_growing, lr=_log(1e-4, 3.2e-2)),
     "kfac_growing": _method(_kfac_growing, lr=_log(3.2e-3, 1), relative_damping=_RELATIVE_DAMPING),
     "acp": _method(_fused_so("ACP"), lr=_log(3.2e-3, 1), relative_damping=_RELATIVE_DAMPING),
     "kfac_tridiagonal": _method(

@@ -43,16 +43,19 @@ def test_sgd_nesterov_steps_with_the_scheduled_momentum():
     assert model.weight.item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_the_rate_of_kfac_growing_doubles_over_300_updates():
+@pytest.mark.parametrize(
+    ("name", "lr", "updates"), [("kfac_growing", 0.6, 300), ("adam_growing", 1.8e-3, 1500)]
+)
+def test_growing_rates_double(name, lr, updates):
     model = nn.Linear(2, 1)
-    optimizer = METHODS["kfac_growing"].build(model, Bernoulli())
+    optimizer = METHODS[name].build(model, Bernoulli())
     rates = []
-    for _ in range(303):
+    for _ in range(updates + 3):
         optimizer.zero_grad()
         model(torch.randn(4, 2)).sum().backward()
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
-    expected = [0.3 + 0.3 * min(update / 300, 1) for update in range(303)]
+    expected = [lr * (0.5 + 0.5 * min(update / updates, 1)) for update in range(updates + 3)]
     assert rates == pytest.approx(expected, rel=1e-6)
 
 
