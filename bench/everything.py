@@ -92,6 +92,7 @@ STAGES = (
         "--threads 1"
     ),
     _train("curves_512", "curves", "--optimizers kfac,kfac_growing --seconds 20 --batch-size 512"),
+    _train("curves_256", "curves", "--optimizers adam_growing --seconds 60 --batch-size 256"),
     _train("curves_1024", "curves", "--optimizers kfac_growing --seconds 24 --batch-size 1024"),
     _train(
         "curves_tridiagonal",
