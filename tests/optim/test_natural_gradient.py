@@ -853,7 +853,11 @@ def test_the_solver_sees_one_vector_and_the_model_one_extra_call():
         ({"solver": "lu"}, ValueError, "solver must be one of ('cg', 'minres_qlp', 'gram'), got"),
         ({"metric": "fisher"}, ValueError, "metric must be one of ('gauss_newton', 'sampled_fi"),
         ({"metric": "hessian", "solver": "gram"}, ValueError, "metric must not be 'hessian' for"),
-        ({"likelihood": nn.L1Loss()}, TypeError, "loss must be nn.MSELoss, nn.BCEWithLogitsLoss"),
+        (
+            {"likelihood": nn.L1Loss()},
+            TypeError,
+            "likelihood must be nn.MSELoss, nn.BCEWithLogitsLoss",
+        ),
         ({"damping": -1.0}, ValueError, "damping must be at least 0 and finite, got -1.0"),
         ({"damping": 0.0, "solver": "gram"}, ValueError, "damping must be positive, got 0"),
         ({"damping": 0.0, "adapt_damping_every": 1}, ValueError, "damping must be positive with"),

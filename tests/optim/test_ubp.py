@@ -715,7 +715,7 @@ def test_inputs_that_are_not_rows_are_refused():
         ),
         ({"sketch_size": 0}, ValueError, "sketch_size must be a whole number >= 1, got 0"),
         ({"seed": -1}, ValueError, "seed must be a whole number >= 0, got -1"),
-        ({"likelihood": nn.L1Loss()}, TypeError, "loss must be .*MSELoss.* got L1Loss"),
+        ({"likelihood": nn.L1Loss()}, TypeError, "likelihood must be .*MSELoss.* got L1Loss"),
         ({"grad_scaler": 1}, TypeError, "grad_scaler must be a torch.amp.GradScaler .* got int"),
         ({"params": [nn.Parameter(torch.zeros(3))]}, ValueError, r"params must be .* \(3,\)"),
     ],
