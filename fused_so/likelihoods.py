@@ -405,21 +405,23 @@ class Bernoulli(Likelihood):
         return x.sigmoid() - targets.to(x.dtype)
 
     def _value_from_score(self, x: Tensor, score: Tensor) -> Tensor:
-        # y = p - N g
         n = max(self._normalizer(x, None), 1)
-        targets = x.sigmoid().sub_(score, alpha=n).clamp_(0, 1)
+        targets = self._targets(x.sigmoid(), score).clamp_(0, 1)
         return F.binary_cross_entropy_with_logits(x, targets, reduction="sum") / n
 
     def _value_lower_bound(self, x: Tensor, score: Tensor) -> Tensor:
-        # Pinsker's inequality: l_i >= KL(y_i || p_i) >= 2 |p_i - y_i|^2, y = p - N g
+        # Pinsker's inequality: l_i >= KL(y_i || p_i) >= 2 |p_i - y_i|^2
         n, p = max(self._normalizer(x, None), 1), x.sigmoid()
-        targets = p.sub(score, alpha=n).clamp_(0, 1)
+        targets = self._targets(p, score).clamp_(0, 1)
         return torch.linalg.vector_norm(targets.sub_(p)).square() * (2 / n)
 
     def _has_score(self, x: Tensor, score: Tensor) -> Tensor:
-        # y = p - N g, where half precision has rounded
-        targets = x.sigmoid().sub_(score, alpha=max(self._normalizer(x, None), 1))
-        return ~((targets - 0.5).abs() > 0.51).any()
+        # In [0, 1] but for a hundredth: half precision has rounded.
+        return ~((self._targets(x.sigmoid(), score) - 0.5).abs() > 0.51).any()
+
+    def _targets(self, p: Tensor, score: Tensor) -> Tensor:
+        # y = p - N g
+        return p.sub(score, alpha=max(self._normalizer(p, None), 1))
 
     def _sample(
         self, x: Tensor, targets: Tensor | None, generator: torch.Generator | None

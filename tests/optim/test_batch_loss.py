@@ -232,9 +232,8 @@ def test_a_loss_on_a_device_that_would_be_waited_for_is_not_looked_at():
 
 def test_an_empty_batch_of_a_sum_has_no_loss_and_moves_nothing():
     model = chain(4, 5, 3)
-    opt = fused_so.KFAC(
-        model, likelihood=fused_so.Bernoulli(reduction="sum"), factors="empirical"
-    )  # fmt: skip
+    likelihood = fused_so.Bernoulli(reduction="sum")
+    opt = fused_so.KFAC(model, likelihood=likelihood, factors="empirical")
     before = parameters(model)
     outputs = model(torch.empty(0, 4, dtype=DOUBLE))
     F.binary_cross_entropy_with_logits(
