@@ -26,7 +26,7 @@ template <class S>
 ColumnSums column_sums(const Matrix<S>& x, bool squares) {
   using T = Accumulate<S>;
   constexpr int64_t kCols = 1024, kMaxParts = 16, kMaxPartials = 1 << 17;
-  const auto& readers = gemm_detail::readers<T, S>(gemm_detail::microkernel<T>());
+  const auto& readers = gemm_detail::readers<T, S>();
   const int64_t n = x.rows, d = x.cols;
   if (n == 0 || d == 0) return {std::vector<double>(d), 0};
 

@@ -10,8 +10,9 @@
 // does not depend on the number of threads: output tiles are shared out, and where k is split,
 // the parts depend on the shape alone and are added in order.
 //
-// 2 m n k operations (half for a symmetric product). Each block of depth 256 moves C once.
-// Scratch, kept by the threads: at most 4 MiB for the panels of all, 2 MiB where k is split.
+// 2 m n k operations (half for a symmetric product). Each block of depth moves C once.
+// Scratch, kept by the threads: at most 4 MiB for the panels of all, 6 MiB where an entry takes 6
+// bytes; 2 MiB where k is split.
 #pragma once
 
 #include <algorithm>
@@ -44,15 +45,18 @@ constexpr int64_t kRowsAtOnce = 8;          // the panels of A of one task
 constexpr int64_t kMaxParts = 16;
 constexpr int64_t kSmallProduct = 1 << 20;  // about 20 microseconds on one core
 
-// Longer sums of one accumulator lose accuracy; deeper blocks would gain 1% of speed.
-constexpr int64_t kDepth = 256;
-
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The size of equal parts, a multiple of `unit`, none larger than `limit` (also a multiple).
 inline int64_t even_part(int64_t total, int64_t limit, int64_t unit) {
   const int64_t count = std::max<int64_t>(1, divide_up(total, limit));
   return std::max(unit, divide_up(divide_up(total, count), unit) * unit);
+}
+
+// The part of k that is packed at a time.
+template <class T>
+int64_t depth_part(const Tiles<T>& tiles, int64_t k) {
+  return even_part(k, tiles.max_depth, std::max<int64_t>(16, tiles.depth_step));
 }
 
 template <class T>
@@ -69,9 +73,45 @@ using Bits = std::conditional_t<std::is_same_v<S, Half>, HalfBits,
                                 std::conditional_t<std::is_same_v<S, BFloat16>, BFloat16Bits, S>>;
 
 template <class T, class S>
-const Readers<T, Bits<S>>& readers(const Microkernel<T>& kernel) {
-  return kernel.readers;
+const Readers<T, Bits<S>>& readers() {
+  return microkernel<T>().readers;
 }
+template <class T, class S>
+const Packers<T, Bits<S>>& packers(const Tiles<T>& tiles) {
+  return tiles.packers;
+}
+
+// The tiles that multiply A[m, k] and B[k, n] fastest. The bits of a product depend on the choice,
+// so m, n and k may not depend on the number of threads.
+template <class T>
+const Tiles<T>& tiles_for(int64_t m, int64_t n, int64_t k) {
+  if constexpr (std::is_same_v<T, float>) {
+    const Microkernels& all = microkernels();
+    if (all.f32_large != nullptr) {
+      const bool deep = k >= all.f32_large->depth_step || all.large_from == 0;
+      if (deep && m * n > all.large_from * (m + n)) return *all.f32_large;
+    }
+  }
+  return microkernel<T>().tiles;
+}
+
+// While tiles are used on a thread.
+template <class T>
+class InUse {
+ public:
+  explicit InUse(const Tiles<T>& tiles) : end_(tiles.end) {
+    if (end_ != nullptr) tiles.begin(before_);
+  }
+  InUse(const InUse&) = delete;
+  InUse& operator=(const InUse&) = delete;
+  ~InUse() {
+    if (end_ != nullptr) end_(before_);
+  }
+
+ private:
+  void (*const end_)(const void*);
+  alignas(64) char before_[64];
+};
 
 template <class S>
 const Bits<S>* as_bits(const S* data) {
@@ -90,11 +130,11 @@ void pack(PackPanel<T, Bits<S>> pack_panel, const Matrix<S>& x, int64_t first, T
              x.cols, x.u == nullptr ? x.u : x.u + first, x.v, panel);
 }
 
-// Packs all lanes of x, panel after panel.
+// Packs all lanes of x, panel after panel, each of `size` entries.
 template <class T, class S>
-void pack_all(PackPanel<T, Bits<S>> pack_panel, const Matrix<S>& x, int64_t lanes, int64_t width,
+void pack_all(PackPanel<T, Bits<S>> pack_panel, const Matrix<S>& x, int64_t lanes, int64_t size,
               T* panels) {
-  for (int64_t i = 0; i < x.rows; i += lanes, panels += width * x.cols) {
+  for (int64_t i = 0; i < x.rows; i += lanes, panels += size) {
     pack<T, S>(pack_panel, x, i, panels);
   }
 }
@@ -117,22 +157,21 @@ struct Target {
 };
 
 // One tile. When the diagonal cuts it or its size is not a whole number of vectors or of row
-// pairs, it goes through a buffer; the panels are padded with zeros.
+// steps, it goes through a buffer; the panels are padded with zeros.
 template <class T>
-void multiply_tile(const Microkernel<T>& kernel, int64_t depth, const T* a, int64_t a_step,
-                   const T* b, T alpha, T beta, const Target<T>& target, int64_t rows,
-                   int64_t cols) {
-  const int64_t vector = kernel.nr / 2;
-  const auto tile = kernel.tiles[cols > vector][(rows - 1) / 2];
-  if (rows % 2 == 0 && cols % vector == 0 && target.wanted(0, cols) == cols) {
-    tile(depth, a, a_step, b, alpha, beta, target.c, target.ldc);
+void multiply_tile(const Tiles<T>& tiles, int64_t depth, const T* a, int64_t a_step, const T* b,
+                   T alpha, T beta, const Target<T>& target, int64_t rows, int64_t cols) {
+  const int64_t vector = tiles.nr / 2;
+  const auto multiply = tiles.multiply[cols > vector][(rows - 1) / tiles.row_step];
+  if (rows % tiles.row_step == 0 && cols % vector == 0 && target.wanted(0, cols) == cols) {
+    multiply(depth, a, a_step, b, alpha, beta, target.c, target.ldc);
     return;
   }
-  alignas(64) T buffer[16 * 32];
-  tile(depth, a, a_step, b, alpha, T(0), buffer, kernel.nr);
+  alignas(64) T buffer[32 * 32];
+  multiply(depth, a, a_step, b, alpha, T(0), buffer, tiles.nr);
   for (int64_t i = 0; i < rows; ++i) {
     T* c = target.c + i * target.ldc;
-    const T* from = buffer + i * kernel.nr;
+    const T* from = buffer + i * tiles.nr;
     const int64_t wanted = target.wanted(i, cols);
     if (beta == 0) {
       for (int64_t j = 0; j < wanted; ++j) c[j] = from[j];
@@ -150,38 +189,41 @@ struct PanelsOfA {
 };
 
 template <class T>
-PanelsOfA<T> packed(const Microkernel<T>& kernel, int64_t depth, const T* a) {
-  return {a, kernel.a_width, kernel.a_width * depth};
+PanelsOfA<T> packed(const Tiles<T>& tiles, int64_t depth, const T* a) {
+  return {a, tiles.a_width, tiles.a_panel(depth)};
 }
 
 // All of A, packed into `room`, or where it lies: if a slice's lanes are neighbours of the right
 // type, and come in pairs as the tiles read them, else the last would have no partner in memory.
 // For a few panels of B this is faster; measured.
 template <class T, class S>
-PanelsOfA<T> panels_of(const Microkernel<T>& kernel, const Matrix<S>& a, int64_t cols, T* room) {
+PanelsOfA<T> panels_of(const Tiles<T>& tiles, const Matrix<S>& a, int64_t cols, T* room) {
   constexpr int64_t kFewPanels = 4;
   if constexpr (std::is_same_v<S, T>) {
-    const bool subtract = a.u != nullptr || a.v != nullptr;
-    if (a.row_stride == 1 && a.rows % 2 == 0 && !subtract && cols <= kFewPanels * kernel.nr) {
-      return {a.data, a.col_stride, kernel.mr};
+    const bool subtract = a.u != nullptr || a.v != nullptr, by_slices = tiles.depth_step == 1;
+    if (by_slices && a.row_stride == 1 && a.rows % 2 == 0 && !subtract &&
+        cols <= kFewPanels * tiles.nr) {
+      return {a.data, a.col_stride, tiles.mr};
     }
   }
-  pack_all<T>(readers<T, S>(kernel).pack_a, a, kernel.mr, kernel.a_width, room);
-  return packed(kernel, a.cols, room);
+  pack_all<T>(packers<T, S>(tiles).pack_a, a, tiles.mr, tiles.a_panel(a.cols), room);
+  return packed(tiles, a.cols, room);
 }
 
 // C[rows, cols] = beta C + alpha A B, from consecutive packed panels of B.
 template <class T>
-void multiply_panels(const Microkernel<T>& kernel, int64_t depth, PanelsOfA<T> a, const T* b,
-                     T alpha, T beta, const Target<T>& target, int64_t rows, int64_t cols) {
-  for (int64_t i = 0; i < rows; i += kernel.mr, a.data += a.next) {
-    const int64_t tile_rows = std::min(kernel.mr, rows - i);
+void multiply_panels(const Tiles<T>& tiles, int64_t depth, PanelsOfA<T> a, const T* b, T alpha,
+                     T beta, const Target<T>& target, int64_t rows, int64_t cols) {
+  const InUse<T> in_use(tiles);
+  const int64_t panel_size = tiles.b_panel(depth);
+  for (int64_t i = 0; i < rows; i += tiles.mr, a.data += a.next) {
+    const int64_t tile_rows = std::min(tiles.mr, rows - i);
     const T* panel = b;
-    for (int64_t j = 0; j < cols; j += kernel.nr, panel += depth * kernel.b_width) {
+    for (int64_t j = 0; j < cols; j += tiles.nr, panel += panel_size) {
       const Target<T> tile = target.block(i, j);
-      const int64_t tile_cols = std::min(kernel.nr, cols - j);
+      const int64_t tile_cols = std::min(tiles.nr, cols - j);
       if (tile.wanted(tile_rows - 1, tile_cols) == 0) break;
-      multiply_tile(kernel, depth, a.data, a.step, panel, alpha, beta, tile, tile_rows, tile_cols);
+      multiply_tile(tiles, depth, a.data, a.step, panel, alpha, beta, tile, tile_rows, tile_cols);
     }
   }
 }
@@ -198,31 +240,43 @@ T* thread_scratch(int64_t count) {
   return scratch.get<T>(count);
 }
 
+// The bytes of `slices` slices of a packed panel.
+template <class T>
+int64_t panel_bytes(int64_t width, int64_t slices) {
+  return width * slices * static_cast<int64_t>(sizeof(T));
+}
+
+// `bytes`, or as many more as the panels of these tiles take more of them for an entry.
+template <class T>
+int64_t panel_room(const Tiles<T>& tiles, int64_t bytes) {
+  return bytes * tiles.b_width / tiles.nr;
+}
+
 // How many lanes of an operand are packed at a time, in equal parts.
 template <class T>
-int64_t lane_step(int64_t lanes, int64_t tile, int64_t width) {
-  const int64_t panel_bytes = kDepth * width * static_cast<int64_t>(sizeof(T));
-  return even_part(lanes, kScratchBytes / panel_bytes * tile, tile);
+int64_t lane_step(const Tiles<T>& tiles, int64_t lanes, int64_t tile, int64_t width) {
+  const int64_t panels = panel_room(tiles, kScratchBytes) / panel_bytes<T>(width, tiles.max_depth);
+  return even_part(lanes, panels * tile, tile);
 }
 
 // What a product is cut into: how much of k, m and n is packed at a time, and a group of columns.
 template <class T>
 struct Blocking {
-  const Microkernel<T>& kernel = microkernel<T>();
+  const Tiles<T>& tiles;
   int64_t depth, rows, cols, group;
 
-  Blocking(int64_t m, int64_t n, int64_t k)
-      : depth(even_part(k, kDepth, 16)),
-        rows(lane_step<T>(m, kernel.mr, kernel.a_width)),
-        cols(lane_step<T>(n, kernel.nr, kernel.b_width)),
-        group(kGroupBytes / (depth * kernel.b_width * static_cast<int64_t>(sizeof(T))) *
-              kernel.nr) {}
+  Blocking(const Tiles<T>& tiles, int64_t m, int64_t n, int64_t k)
+      : tiles(tiles),
+        depth(depth_part(tiles, k)),
+        rows(lane_step(tiles, m, tiles.mr, tiles.a_width)),
+        cols(lane_step(tiles, n, tiles.nr, tiles.b_width)),
+        group(panel_room(tiles, kGroupBytes) / panel_bytes<T>(tiles.b_width, depth) * tiles.nr) {}
 
   T* a_panels() const {
-    return thread_scratch<T, kPanelsOfA>(rows / kernel.mr * kernel.a_width * depth);
+    return thread_scratch<T, kPanelsOfA>(rows / tiles.mr * tiles.a_panel(depth));
   }
   T* b_panels(int64_t count) const {
-    return thread_scratch<T, kPanelsOfB>(count / kernel.nr * kernel.b_width * depth);
+    return thread_scratch<T, kPanelsOfB>(count / tiles.nr * tiles.b_panel(depth));
   }
 };
 
@@ -230,13 +284,12 @@ struct Blocking {
 // A's while they are in L2. finish(row, col, rows, cols) is called once for each part of C, when
 // it is complete.
 template <class T, class SA, class SB, class Finish = NoFinish>
-void multiply_alone(T alpha, const Matrix<SA>& a, const Matrix<SB>& b, T beta,
-                    const Target<T>& target, const Finish& finish = {}) {
+void multiply_alone(const Tiles<T>& tiles, T alpha, const Matrix<SA>& a, const Matrix<SB>& b,
+                    T beta, const Target<T>& target, const Finish& finish = {}) {
   const Matrix<SB> bt = b.transposed();
   const int64_t m = a.rows, n = b.cols, k = a.cols;
-  const Blocking<T> blocking(m, n, k);
-  const Microkernel<T>& kernel = blocking.kernel;
-  const int64_t group = even_part(n, blocking.group, kernel.nr);
+  const Blocking<T> blocking(tiles, m, n, k);
+  const int64_t group = even_part(n, blocking.group, tiles.nr);
   T* const a_panels = blocking.a_panels();
   T* const b_panels = blocking.b_panels(group);
 
@@ -246,14 +299,14 @@ void multiply_alone(T alpha, const Matrix<SA>& a, const Matrix<SB>& b, T beta,
     const T scale = depth == 0 ? beta : T(1);
     for (int64_t row = 0; row < m; row += blocking.rows) {
       const int64_t rows = std::min(blocking.rows, m - row);
-      const PanelsOfA<T> panels = panels_of(kernel, a.block(row, depth, rows, steps), n, a_panels);
+      const PanelsOfA<T> panels = panels_of(tiles, a.block(row, depth, rows, steps), n, a_panels);
       for (int64_t col = 0; col < n; col += group) {
         const int64_t cols = std::min(group, n - col);
         const Target<T> block = target.block(row, col);
         if (block.wanted(rows - 1, cols) == 0) break;
-        pack_all<T>(readers<T, SB>(kernel).pack_b, bt.block(col, depth, cols, steps), kernel.nr,
-                    kernel.b_width, b_panels);
-        multiply_panels(kernel, steps, panels, b_panels, alpha, scale, block, rows, cols);
+        pack_all<T>(packers<T, SB>(tiles).pack_b, bt.block(col, depth, cols, steps), tiles.nr,
+                    tiles.b_panel(steps), b_panels);
+        multiply_panels(tiles, steps, panels, b_panels, alpha, scale, block, rows, cols);
         if (depth + steps == k) finish(row, col, rows, cols);
       }
     }
@@ -264,22 +317,22 @@ void multiply_alone(T alpha, const Matrix<SA>& a, const Matrix<SB>& b, T beta,
 // The same on all threads, which share the panels: both operands' are packed first; then each task
 // takes a few of B's, which stay in L2, and the next few of A's.
 template <class T, class SA, class SB, class Finish = NoFinish>
-void multiply_together(T alpha, const Matrix<SA>& a, const Matrix<SB>& b, T beta,
-                       const Target<T>& target, const Finish& finish = {}) {
+void multiply_together(const Tiles<T>& tiles, T alpha, const Matrix<SA>& a, const Matrix<SB>& b,
+                       T beta, const Target<T>& target, const Finish& finish = {}) {
   const Matrix<SB> bt = b.transposed();
   const int64_t m = a.rows, n = b.cols, k = a.cols;
-  const Blocking<T> blocking(m, n, k);
-  const Microkernel<T>& kernel = blocking.kernel;
+  const Blocking<T> blocking(tiles, m, n, k);
   T* const a_panels = blocking.a_panels();
   T* const b_panels = blocking.b_panels(blocking.cols);
 
   for (int64_t col = 0; col < n; col += blocking.cols) {
     const int64_t cols = std::min(blocking.cols, n - col);
-    const int64_t b_count = divide_up(cols, kernel.nr);
-    const int64_t group = even_part(cols, blocking.group, kernel.nr);
+    const int64_t b_count = divide_up(cols, tiles.nr);
+    const int64_t group = even_part(cols, blocking.group, tiles.nr);
     // k = 0 still scales C.
     for (int64_t depth = 0; depth == 0 || depth < k; depth += blocking.depth) {
       const int64_t steps = std::min(blocking.depth, k - depth);
+      const int64_t a_size = tiles.a_panel(steps), b_size = tiles.b_panel(steps);
       const T scale = depth == 0 ? beta : T(1);
       const bool last = depth + steps == k;
       const Matrix<SB> b_block = bt.block(col, depth, cols, steps);
@@ -287,33 +340,31 @@ void multiply_together(T alpha, const Matrix<SA>& a, const Matrix<SB>& b, T beta
       for (int64_t row = 0; row < m; row += blocking.rows) {
         const int64_t rows = std::min(blocking.rows, m - row);
         if (target.block(row, col).wanted(rows - 1, cols) == 0) continue;
-        const int64_t a_count = divide_up(rows, kernel.mr), b_missing = b_count - b_packed;
+        const int64_t a_count = divide_up(rows, tiles.mr), b_missing = b_count - b_packed;
         const Matrix<SA> a_block = a.block(row, depth, rows, steps);
         for_each_task(b_missing + a_count, Threads::kAll, [&](int64_t task) {
           const int64_t i = task - b_missing;
           if (i < 0) {
-            pack<T, SB>(readers<T, SB>(kernel).pack_b, b_block, task * kernel.nr,
-                        b_panels + task * kernel.b_width * steps);
+            pack<T, SB>(packers<T, SB>(tiles).pack_b, b_block, task * tiles.nr,
+                        b_panels + task * b_size);
           } else {
-            pack<T, SA>(readers<T, SA>(kernel).pack_a, a_block, i * kernel.mr,
-                        a_panels + i * kernel.a_width * steps);
+            pack<T, SA>(packers<T, SA>(tiles).pack_a, a_block, i * tiles.mr, a_panels + i * a_size);
           }
         });
         b_packed = b_count;
 
         const int64_t groups = divide_up(cols, group);
         const int64_t share = a_count * groups / (4 * count_workers(Threads::kAll));
-        const int64_t part = std::clamp<int64_t>(share, 1, kRowsAtOnce) * kernel.mr;
+        const int64_t part = std::clamp<int64_t>(share, 1, kRowsAtOnce) * tiles.mr;
         const int64_t parts = divide_up(rows, part);
         for_each_task(groups * parts, Threads::kAll, [&](int64_t task) {
           const int64_t j = task / parts * group, task_cols = std::min(group, cols - j);
           const int64_t i = task % parts * part, task_rows = std::min(part, rows - i);
           const Target<T> block = target.block(row + i, col + j);
           if (block.wanted(task_rows - 1, task_cols) == 0) return;
-          const T* const first = a_panels + i / kernel.mr * kernel.a_width * steps;
-          multiply_panels(kernel, steps, packed(kernel, steps, first),
-                          b_panels + j / kernel.nr * kernel.b_width * steps, alpha, scale, block,
-                          task_rows, task_cols);
+          multiply_panels(tiles, steps, packed(tiles, steps, a_panels + i / tiles.mr * a_size),
+                          b_panels + j / tiles.nr * b_size, alpha, scale, block, task_rows,
+                          task_cols);
           if (last) finish(row + i, col + j, task_rows, task_cols);
         });
       }
@@ -414,26 +465,26 @@ inline double block_cost(double entries, double rows, double cols) {
 // cheaper. Such workers wait for nobody and fetch no panels from each other's caches, but what two
 // of them read is packed twice, and all their scratch may take no more than shared panels do.
 template <class T>
-Grid choose_grid(int64_t m, int64_t n, int64_t k, bool lower, int64_t workers) {
+Grid choose_grid(const Tiles<T>& tiles, int64_t m, int64_t n, int64_t k, bool lower,
+                 int64_t workers) {
   constexpr double kWorthIt = 1.25;  // sharing waits twice for each block of depth
-  const Microkernel<T>& kernel = microkernel<T>();
-  const Blocking<T> blocking(m, n, k);
+  const Blocking<T> blocking(tiles, m, n, k);
   const double wanted = static_cast<double>(m) * n / (lower ? 2 : 1);
   double least = kWorthIt * block_cost(wanted, m, n) / workers;
-  Grid best{m, n, 1, 1, kernel.mr, kernel.nr, lower};
+  Grid best{m, n, 1, 1, tiles.mr, tiles.nr, lower};
   for (int64_t rows = lower ? workers : 1; rows <= workers; ++rows) {
-    const Grid grid{m, n, rows, workers / rows, kernel.mr, kernel.nr, lower};
+    const Grid grid{m, n, rows, workers / rows, tiles.mr, tiles.nr, lower};
     // The first block has the most rows of a triangle, and the last one of it the most columns.
     const Block first = grid.block(0), last = grid.block(grid.count() - 1);
-    const int64_t lanes = divide_up(first.rows, kernel.mr) * kernel.a_width +
-                          std::min(last.cols + kernel.nr, blocking.group);
-    const int64_t scratch = workers * lanes * blocking.depth * static_cast<int64_t>(sizeof(T));
+    const int64_t lanes = divide_up(first.rows, tiles.mr) * tiles.a_width +
+                          std::min(last.cols + tiles.nr, blocking.group) / tiles.nr * tiles.b_width;
+    const int64_t scratch = workers * panel_bytes<T>(lanes, blocking.depth);
     const auto cost = [&](const Block& b) {
       const double above = lower ? 0.5 * b.rows * b.rows : 0;
       return block_cost(1.0 * b.rows * b.cols - above, b.rows, b.cols);
     };
     const double most = std::max(cost(first), cost(last));
-    if (scratch <= 2 * kScratchBytes && most < least) best = grid, least = most;
+    if (scratch <= 2 * panel_room(tiles, kScratchBytes) && most < least) best = grid, least = most;
   }
   return best;
 }
@@ -449,17 +500,19 @@ void run(T alpha, const Matrix<SA>& a, const Matrix<SB>& b, T beta, const Target
   const Parts<T> parts{m, n, k};
   if (threads == Threads::kAll && parts.count > 1) {
     parts.multiply(threads, [&](int64_t, int64_t first, int64_t depth, T* partial) {
-      multiply_alone(T(1), a.block(0, first, m, depth), b.block(first, 0, depth, n), T(0),
+      multiply_alone(tiles_for<T>(m, n, depth), T(1), a.block(0, first, m, depth),
+                     b.block(first, 0, depth, n), T(0),
                      Target<T>{partial, n, target.lower, target.diagonal});
     });
     return parts.add(alpha, beta, target, threads, finish);
   }
-  if (workers == 1) return multiply_alone(alpha, a, b, beta, target, finish);
-  const Grid grid = choose_grid<T>(m, n, k, target.lower, workers);
-  if (grid.count() == 1) return multiply_together(alpha, a, b, beta, target, finish);
+  const Tiles<T>& tiles = tiles_for<T>(m, n, k);
+  if (workers == 1) return multiply_alone(tiles, alpha, a, b, beta, target, finish);
+  const Grid grid = choose_grid(tiles, m, n, k, target.lower, workers);
+  if (grid.count() == 1) return multiply_together(tiles, alpha, a, b, beta, target, finish);
   for_each_task(grid.count(), threads, [&](int64_t task) {
     const Block c = grid.block(task);
-    multiply_alone(alpha, a.block(c.row, 0, c.rows, k), b.block(0, c.col, k, c.cols), beta,
+    multiply_alone(tiles, alpha, a.block(c.row, 0, c.rows, k), b.block(0, c.col, k, c.cols), beta,
                    target.block(c.row, c.col),
                    [&](int64_t row, int64_t col, int64_t rows, int64_t cols) {
                      finish(c.row + row, c.col + col, rows, cols);

@@ -17,7 +17,8 @@ struct BFloat16Bits {
 
 // Packs `depth` slices of a panel, each padded with zeros to the panel's width:
 //   panel[p * width + i] = source[i * lane_stride + p * depth_stride] - u[i] v[p]
-// for i < lanes. u or v may be null, meaning ones; both null, nothing is subtracted.
+// for i < lanes, or in the order that the tiles of a matrix unit want. u or v may be null, meaning
+// ones; both null, nothing is subtracted.
 template <class T, class S>
 using PackPanel = void (*)(const S* source, int64_t lane_stride, int64_t depth_stride,
                            int64_t lanes, int64_t depth, const T* u, const T* v, T* panel);
@@ -49,8 +50,6 @@ using UpdateEntries = void (*)(int64_t count, const UpdateRule<T>& rule, T scale
 // What reads an input of dtype S, or writes one: a param with an update of its dtype or of T.
 template <class T, class S>
 struct Readers {
-  PackPanel<T, S> pack_a;
-  PackPanel<T, S> pack_b;
   SumColumns<S> sum_columns;
   ScaleRow<T, S> scale_row;
   MultiplyRow<T, S> multiply_row;
@@ -58,24 +57,50 @@ struct Readers {
   UpdateEntries<T, S, T> update_wide;
 };
 
+template <class T, class S>
+struct Packers {
+  PackPanel<T, S> pack_a;
+  PackPanel<T, S> pack_b;
+};
+
+// One of them for each dtype that is accumulated in T.
+template <class T, template <class, class> class For>
+struct ForAll;
+template <template <class, class> class For>
+struct ForAll<float, For> : For<float, float>, For<float, HalfBits>, For<float, BFloat16Bits> {};
+template <template <class, class> class For>
+struct ForAll<double, For> : For<double, double> {};
+
+// How products are made: what panels look like, and what multiplies them.
 template <class T>
-struct AllReaders;
-template <>
-struct AllReaders<float>
-    : Readers<float, float>, Readers<float, HalfBits>, Readers<float, BFloat16Bits> {};
-template <>
-struct AllReaders<double> : Readers<double, double> {};
+struct Tiles {
+  int64_t mr, nr;            // the tile of C held in registers; nr is two vectors
+  int64_t a_width, b_width;  // a packed panel's width, in T for each slice
+  int64_t row_step;          // tiles have multiples of it as rows
+  int64_t depth_step;        // panels are padded with zeros to a multiple of it in depth
+  int64_t max_depth;         // of a panel: longer sums of one accumulator lose accuracy
+  int64_t tail;              // what a panel holds beside its slices, in T
+  bool one_format;           // a panel of B serves as one of A in `square`
+  // C[rows, cols] = beta C + alpha A B from a panel of B, and of A whose slices are a_step apart;
+  // beta = 0 does not read C. multiply[v][r] is for row_step (r + 1) rows and v + 1 vectors of
+  // columns.
+  void (*multiply[2][7])(int64_t depth, const T* a, int64_t a_step, const T* b, T alpha, T beta,
+                         T* c, int64_t ldc);
+  // C[nr, nr] = beta C + A B, from a panel of A of nr lanes or, with one_format, of B.
+  void (*square)(int64_t depth, const T* a, const T* b, T beta, T* c, int64_t ldc);
+  // Around multiply and square, where the unit that runs them has a state; else null.
+  void (*begin)(void* before);
+  void (*end)(const void* before);
+  ForAll<T, Packers> packers;
+
+  int64_t a_panel(int64_t depth) const { return a_width * padded(depth) + tail; }
+  int64_t b_panel(int64_t depth) const { return b_width * padded(depth) + tail; }
+  int64_t padded(int64_t depth) const { return (depth + depth_step - 1) / depth_step * depth_step; }
+};
 
 template <class T>
 struct Microkernel {
-  int64_t mr, nr;            // the tile of C held in registers; nr is two vectors, mr is even
-  int64_t a_width, b_width;  // a packed panel's width: mr and nr rounded up to a whole vector
-  // C[rows, cols] = beta C + alpha A B from a panel of B, and of A whose slices are a_step apart;
-  // beta = 0 does not read C. tiles[v][r] is for 2 (r + 1) rows and v + 1 vectors of columns.
-  void (*tiles[2][7])(int64_t depth, const T* a, int64_t a_step, const T* b, T alpha, T beta, T* c,
-                      int64_t ldc);
-  // C[nr, nr] = beta C + A B^T from two of B's panels; beta = 0 does not read C.
-  void (*square)(int64_t depth, const T* a, const T* b, T beta, T* c, int64_t ldc);
+  Tiles<T> tiles;
   // to[cols, rows] = from[rows, cols]^T.
   void (*transpose)(int64_t rows, int64_t cols, const T* from, int64_t from_stride, T* to,
                     int64_t to_stride);
@@ -84,23 +109,30 @@ struct Microkernel {
   // to[j] = sum_i weights[i] x[i row_stride + j].
   void (*combine_rows)(int64_t rows, int64_t cols, const T* weights, const T* x, int64_t row_stride,
                        T* to);
-  AllReaders<T> readers;
+  ForAll<T, Readers> readers;
 };
 
 struct Microkernels {
   const char* name;
   Microkernel<float> f32;
   Microkernel<double> f64;
+  // Tiles of a matrix unit or null. They are worth it where m n > large_from (m + n): they halve
+  // the time of m n k multiplications, and add that of so many to the packing of each of (m + n) k
+  // entries; measured.
+  const Tiles<float>* f32_large;
+  int64_t large_from;
 };
 
 #if defined(__x86_64__)
 extern const Microkernels kAvx512Microkernels;
+extern const Tiles<float> kAmxTiles;
 extern const Microkernels kAvx2Microkernels;
 #endif
 extern const Microkernels kPortableMicrokernels;
 
 // The fastest set this processor runs, or the one named by the environment variable
-// FUSED_SO_CPU=avx512|avx2|portable; chosen at the first call.
+// FUSED_SO_CPU=amx|avx512|avx2|portable; chosen at the first call. Named, amx makes all products of
+// float32, also those that vectors make faster.
 const Microkernels& microkernels();
 
 }  // namespace fused_so

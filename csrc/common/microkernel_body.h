@@ -594,15 +594,10 @@ void update_entries(int64_t count, const UpdateRule<T>& rule, T scale, P* param,
   }
 }
 
-template <class T, int V, int AWidth, int BWidth, class S>
+template <class T, int V, class S>
 constexpr Readers<T, S> make_readers() {
-  return {&pack_panel<T, V, AWidth, S>,
-          &pack_panel<T, V, BWidth, S>,
-          &sum_columns<T, V* static_cast<int>(sizeof(T)) / 8, S>,
-          &scale_row<T, V, S>,
-          &multiply_row<T, V, S>,
-          &update_entries<T, V, S, S>,
-          &update_entries<T, V, S, T>};
+  return {&sum_columns<T, V* static_cast<int>(sizeof(T)) / 8, S>, &scale_row<T, V, S>,
+          &multiply_row<T, V, S>, &update_entries<T, V, S, S>, &update_entries<T, V, S, T>};
 }
 
 // Turns V x V blocks over; what is left at the edges goes entry by entry.
@@ -631,10 +626,10 @@ void transpose_block(int64_t rows, int64_t cols, const T* from, int64_t from_str
 
 // The tiles of 2, 4 .. MR rows and of 1 .. NV vectors.
 template <class T, int MR, int NV, int V, int BWidth>
-constexpr void fill_tiles(Microkernel<T>& kernel) {
+constexpr void fill_tiles(Tiles<T>& tiles) {
   if constexpr (MR > 0) {
-    kernel.tiles[NV - 1][MR / 2 - 1] = &tile<T, MR, NV, V, BWidth>;
-    fill_tiles<T, MR - 2, NV, V, BWidth>(kernel);
+    tiles.multiply[NV - 1][MR / 2 - 1] = &tile<T, MR, NV, V, BWidth>;
+    fill_tiles<T, MR - 2, NV, V, BWidth>(tiles);
   }
 }
 
@@ -651,27 +646,40 @@ void square(int64_t depth, const T* a, const T* b, T beta, T* c, int64_t ldc) {
 
 // A tile of MR x 2 vectors of V.
 template <class T, int MR, int V>
-constexpr Microkernel<T> make_microkernel() {
+constexpr Tiles<T> make_tiles() {
   constexpr int a_width = (MR + V - 1) / V * V;
   constexpr int b_width = 2 * V;
-  Microkernel<T> kernel{MR,
-                        b_width,
-                        a_width,
-                        b_width,
-                        {},
-                        &square<T, MR, V, b_width>,
+  Tiles<T> tiles = {};
+  tiles.mr = MR, tiles.nr = b_width;
+  tiles.a_width = a_width, tiles.b_width = b_width;
+  tiles.row_step = 2, tiles.depth_step = 1, tiles.one_format = true;
+  tiles.max_depth = 256;  // deeper panels would gain 1% of speed
+  fill_tiles<T, MR, 1, V, b_width>(tiles);
+  fill_tiles<T, MR, 2, V, b_width>(tiles);
+  tiles.square = &square<T, MR, V, b_width>;
+  if constexpr (sizeof(T) == sizeof(float)) {
+    tiles.packers = {
+        {&pack_panel<T, V, a_width, float>, &pack_panel<T, V, b_width, float>},
+        {&pack_panel<T, V, a_width, HalfBits>, &pack_panel<T, V, b_width, HalfBits>},
+        {&pack_panel<T, V, a_width, BFloat16Bits>, &pack_panel<T, V, b_width, BFloat16Bits>}};
+  } else {
+    tiles.packers = {{&pack_panel<T, V, a_width, double>, &pack_panel<T, V, b_width, double>}};
+  }
+  return tiles;
+}
+
+template <class T, int MR, int V>
+constexpr Microkernel<T> make_microkernel() {
+  Microkernel<T> kernel{make_tiles<T, MR, V>(),
                         &transpose_block<T, V>,
                         &dot<T, V* static_cast<int>(sizeof(T)) / 8>,
                         &combine_rows<T, V>,
                         {}};
-  fill_tiles<T, MR, 1, V, b_width>(kernel);
-  fill_tiles<T, MR, 2, V, b_width>(kernel);
   if constexpr (sizeof(T) == sizeof(float)) {
-    kernel.readers = {make_readers<T, V, a_width, b_width, float>(),
-                      make_readers<T, V, a_width, b_width, HalfBits>(),
-                      make_readers<T, V, a_width, b_width, BFloat16Bits>()};
+    kernel.readers = {make_readers<T, V, float>(), make_readers<T, V, HalfBits>(),
+                      make_readers<T, V, BFloat16Bits>()};
   } else {
-    kernel.readers = {make_readers<T, V, a_width, b_width, double>()};
+    kernel.readers = {make_readers<T, V, double>()};
   }
   return kernel;
 }

@@ -33,7 +33,7 @@ template <class P, class U>
 void update_chunk(const Chunk<P, U>& chunk, const UpdateRule<Accumulate<P>>& rule,
                   Accumulate<P> scale) {
   using A = Accumulate<P>;
-  const auto& kernels = gemm_detail::readers<A, P>(gemm_detail::microkernel<A>());
+  const auto& kernels = gemm_detail::readers<A, P>();
   auto* const param = gemm_detail::as_bits(chunk.param);
   const auto* const update = gemm_detail::as_bits(chunk.update);
   if constexpr (std::is_same_v<U, P>) {

@@ -24,9 +24,8 @@ using gemm_detail::Target;
 template <class S>
 void add_column_sums(const Matrix<S>& x, double* sums) {
   using T = Accumulate<S>;
-  gemm_detail::readers<T, S>(gemm_detail::microkernel<T>())
-      .sum_columns(gemm_detail::as_bits(x.data), x.row_stride, x.col_stride, x.rows, x.cols, sums,
-                   nullptr);
+  gemm_detail::readers<T, S>().sum_columns(gemm_detail::as_bits(x.data), x.row_stride, x.col_stride,
+                                           x.rows, x.cols, sums, nullptr);
 }
 
 // weight = sum_i g_i (h_i - m)^T, and the column sums of g and h are added to theirs. m is the mean
@@ -35,9 +34,10 @@ void add_column_sums(const Matrix<S>& x, double* sums) {
 template <class S, class T = Accumulate<S>>
 void sum_rows(const Matrix<S>& g, const Matrix<S>& h, bool centered, double* g_sums, double* h_sums,
               T* m, T* weight) {
-  const auto& readers = gemm_detail::readers<T, T>(gemm_detail::microkernel<T>());
+  const auto& readers = gemm_detail::readers<T, T>();
   const int64_t n = g.rows, out = g.cols, in = h.cols;
-  const int64_t step = gemm_detail::even_part(n, gemm_detail::kDepth, 16);
+  constexpr int64_t kRows = 256;  // their columns stay in the cache
+  const int64_t step = gemm_detail::even_part(n, kRows, 32);
   std::vector<T> moved(in);
   for (int64_t row = 0; row < n; row += step) {
     const int64_t rows = std::min(step, n - row);
@@ -55,7 +55,7 @@ void sum_rows(const Matrix<S>& g, const Matrix<S>& h, bool centered, double* g_s
       }
     }
     add_column_sums(g_rows, g_sums);
-    gemm_detail::multiply_alone(T(1), g_rows.transposed(),
+    gemm_detail::multiply_alone(gemm_detail::tiles_for<T>(out, in, rows), T(1), g_rows.transposed(),
                                 centered ? h_rows.minus(nullptr, m) : h_rows, T(row > 0),
                                 Target<T>{weight, in});
   }
@@ -87,7 +87,8 @@ void sum_parts(const gemm_detail::Parts<T>& parts, const Matrix<S>& g, const Mat
   parts.add(T(1), T(0), target, Threads::kAll,
             [&](int64_t row, int64_t col, int64_t rows, int64_t cols) {
               if (!centered) return;
-              gemm_detail::multiply_alone(T(-1), s_view.block(0, row, count, rows).transposed(),
+              gemm_detail::multiply_alone(gemm_detail::microkernel<T>().tiles, T(-1),
+                                          s_view.block(0, row, count, rows).transposed(),
                                           moved_view.block(0, col, count, cols), T(1),
                                           target.block(row, col));
             });

@@ -74,7 +74,7 @@ template <class T>
 SweepTiles<T> choose_tiles() {
 #if defined(__x86_64__)
   const std::string_view name = microkernels().name;
-  if (name == "avx512") return tiles_of<T, Avx512>();
+  if (name == "avx512" || name == "amx") return tiles_of<T, Avx512>();
   if (name == "avx2") return tiles_of<T, Avx2>();
 #endif
   return tiles_of<T, Portable>();
@@ -120,7 +120,7 @@ class Inverter {
   void apply(const SweepStep<T>& step, Threads threads) const {
     const int64_t panels = divide_up(step.d, tiles_.width);
     for_each_task(panels, threads, [&](int64_t q) { tiles_.multiply(step, q); });
-    for_each_task(panels, threads, [&](int64_t q) { tiles_.update(step, q); });
+    for_each_task_in_shares(panels, threads, [&](int64_t q) { tiles_.update(step, q); });
   }
 
   // The block's upper triangle, padded with the identity, zeros below.
@@ -158,15 +158,15 @@ class Inverter {
 template <class T, class S>
 void transpose_lower(Matrix<S> from, T* to, Threads threads) {
   constexpr int64_t kChunk = 64;
-  const Microkernel<T>& kernel = gemm_detail::microkernel<T>();
-  const int64_t d = from.rows, width = kernel.b_width;
+  const Tiles<T>& tiles = gemm_detail::microkernel<T>().tiles;
+  const int64_t d = from.rows, width = tiles.b_width;
   for_each_task(divide_up(d, width), threads, [&](int64_t q) {
     alignas(64) T columns[kChunk * kMaxPanelWidth];
     const int64_t i0 = q * width, i1 = std::min(d, i0 + width);
     for (int64_t j0 = 0; j0 < i1; j0 += kChunk) {
       const int64_t j1 = std::min(i1, j0 + kChunk);
       const Matrix<S> rows = from.block(i0, j0, i1 - i0, j1 - j0);
-      gemm_detail::pack<T, S>(gemm_detail::readers<T, S>(kernel).pack_b, rows, 0, columns);
+      gemm_detail::pack<T, S>(gemm_detail::packers<T, S>(tiles).pack_b, rows, 0, columns);
       for (int64_t j = j0; j < j1; ++j) {
         const T* column = columns + (j - j0) * width - i0;
         std::copy(column + std::max(i0, j), column + i1, to + j * d + std::max(i0, j));

@@ -45,7 +45,7 @@ void center(Operand<S>& operand, Threads threads) {
   column_sums(x, /*squares=*/false).divide(x.rows, mean.data());
 
   const Microkernel<T>& kernel = gemm_detail::microkernel<T>();
-  const auto& readers = gemm_detail::readers<T, S>(kernel);
+  const auto& readers = gemm_detail::readers<T, S>();
   operand.square = kernel.dot(x.cols, mean.data(), 1, mean.data());
   operand.along.resize(x.rows);
   constexpr int64_t kRows = 16;
@@ -99,7 +99,7 @@ void add_centered_products(const Layer<S>& layer, int64_t row, int64_t col, int6
 // K[rows, cols] and its mirror image.
 template <class S, class T = Accumulate<S>>
 void make_block(const std::vector<Layer<S>>& layers, Range rows, Range cols, T* k, int64_t n) {
-  const int64_t width = gemm_detail::microkernel<T>().nr;
+  const int64_t width = gemm_detail::microkernel<T>().tiles.nr;
   const int64_t ld = gemm_detail::divide_up(cols.count, width) * width;
   const int64_t size = gemm_detail::divide_up(rows.count, width) * width * ld;
   T* const x = gemm_detail::thread_scratch<T, gemm_detail::kPartials>(2 * size);
@@ -148,13 +148,12 @@ void center_gram(T* k, int64_t n, Threads threads) {
 template <class T>
 int64_t choose_edge(int64_t n, int64_t workers) {
   constexpr int64_t kMaxEdge = 256, kAllScratch = 8 << 20;
-  const int64_t unit = gemm_detail::microkernel<T>().nr;
+  const Tiles<T>& tiles = gram_tiles<T>(n, /*cols=*/n);
+  const int64_t unit = tiles.nr, slice = tiles.max_depth * tiles.b_width / tiles.nr;
   int64_t parts = 1;
   while (workers > 1 && parts * parts < 2 * workers) ++parts;
   int64_t edge = std::min(kMaxEdge, gemm_detail::divide_up(n, parts * unit) * unit);
-  const auto bytes = [&] {
-    return 2 * edge * (gemm_detail::kDepth + edge) * static_cast<int64_t>(sizeof(T));
-  };
+  const auto bytes = [&] { return 2 * edge * (slice + edge) * static_cast<int64_t>(sizeof(T)); };
   while (edge > unit && bytes() * workers > kAllScratch) edge -= unit;
   return gemm_detail::even_part(n, edge, unit);
 }

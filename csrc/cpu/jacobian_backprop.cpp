@@ -23,10 +23,10 @@ namespace {
 
 using gemm_detail::as_bits;
 using gemm_detail::divide_up;
-using gemm_detail::kDepth;
 
 constexpr int64_t kMaxRows = 1 << 16;       // the rows whose J direction is kept at a time
 constexpr int64_t kPanelBytes = 256 << 10;  // the panels of J of one task: they stay in L2
+constexpr int64_t kMaxDepth = 512;          // of a panel
 
 // J = jac * dphi as a matrix: row i outputs + r is output r of example i. A null dphi means ones.
 template <class S>
@@ -70,21 +70,20 @@ const T* row_part(const Matrix<S>& x, int64_t row, int64_t first, int64_t count,
   if constexpr (std::is_same_v<S, T>) {
     if (x.col_stride == 1) return from;
   }
-  gemm_detail::readers<T, S>(gemm_detail::microkernel<T>())
-      .multiply_row(as_bits(from), x.col_stride, count, nullptr, nullptr, room);
+  gemm_detail::readers<T, S>().multiply_row(as_bits(from), x.col_stride, count, nullptr, nullptr,
+                                            room);
   return room;
 }
 
 // Packs a panel of J, rows row .. row + rows and columns col .. col + steps, and unless `tangents`
 // is null adds to them what these columns contribute to J direction.
 template <class S, class T = Accumulate<S>>
-void pack_rows(const Jacobians<S>& j, int64_t row, int64_t rows, int64_t col, int64_t steps,
-               T* tangents, T* panel) {
-  // The largest tile has fewer than 16 rows; their distance is no power of 2, for the L1 cache.
-  constexpr int64_t kLanes = 16, kStride = kDepth + 16;
-  alignas(64) T scaled[kLanes * kStride], dphi_room[kDepth], direction_room[kDepth];
+void pack_rows(const Tiles<T>& tiles, const Jacobians<S>& j, int64_t row, int64_t rows, int64_t col,
+               int64_t steps, T* tangents, T* panel) {
+  // The largest tile has 32 rows; their distance is no power of 2, for the L1 cache.
+  constexpr int64_t kLanes = 32, kStride = kMaxDepth + 16;
+  alignas(64) T scaled[kLanes * kStride], dphi_room[kMaxDepth], direction_room[kMaxDepth];
   const T *dphi = nullptr, *direction = nullptr;
-  const Microkernel<T>& kernel = gemm_detail::microkernel<T>();
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t example = (row + i) / j.outputs, output = (row + i) % j.outputs;
     if (i == 0 || output == 0) {
@@ -95,11 +94,11 @@ void pack_rows(const Jacobians<S>& j, int64_t row, int64_t rows, int64_t col, in
         j.jac + example * j.example_stride + output * j.output_stride + col * j.col_stride;
     T* const to = scaled + i * kStride;
     // J = jac * dphi, t = J direction
-    const T tangent = gemm_detail::readers<T, S>(kernel).multiply_row(
+    const T tangent = gemm_detail::readers<T, S>().multiply_row(
         as_bits(from), j.col_stride, steps, dphi, tangents != nullptr ? direction : nullptr, to);
     if (tangents != nullptr) tangents[row + i] += tangent;
   }
-  gemm_detail::pack<T, T>(gemm_detail::readers<T, T>(kernel).pack_a,
+  gemm_detail::pack<T, T>(gemm_detail::packers<T, T>(tiles).pack_a,
                           view(scaled, rows, steps, kStride), 0, panel);
 }
 
@@ -118,7 +117,7 @@ class Backprop {
 
   void run() {
     T* const panels = gemm_detail::thread_scratch<T, gemm_detail::kPanelsOfB>(
-        divide_up(blocking_.cols, kernel_.nr) * kernel_.b_width * slab_depth_);
+        divide_up(blocking_.cols, tiles_.nr) * (slab_depth_ / depth_) * tiles_.b_panel(depth_));
     for (int64_t col = 0; col < in_; col += blocking_.cols) {
       for (int64_t depth = 0; depth < out_; depth += slab_depth_) {
         const Slab slab{panels, depth, std::min(slab_depth_, out_ - depth), col,
@@ -141,41 +140,42 @@ class Backprop {
   };
 
   T* panel_of(const Slab& slab, int64_t depth, int64_t panel) const {
-    const int64_t steps = std::min(depth_, slab.depth - depth);
-    return slab.panels +
-           kernel_.b_width * (divide_up(slab.cols, kernel_.nr) * depth + panel * steps);
+    const int64_t before = divide_up(slab.cols, tiles_.nr) * (depth / depth_);
+    return slab.panels + before * tiles_.b_panel(depth_) +
+           panel * tiles_.b_panel(std::min(depth_, slab.depth - depth));
   }
 
   void pack_weight(const Slab& slab) const {
-    const int64_t count = divide_up(slab.cols, kernel_.nr);
+    const int64_t count = divide_up(slab.cols, tiles_.nr);
     for_each_task(count * divide_up(slab.depth, depth_), threads_, [&](int64_t task) {
       const int64_t depth = task / count * depth_, steps = std::min(depth_, slab.depth - depth);
-      gemm_detail::pack<T, S>(gemm_detail::readers<T, S>(kernel_).pack_b,
+      gemm_detail::pack<T, S>(gemm_detail::packers<T, S>(tiles_).pack_b,
                               weight_t_.block(slab.col, slab.first + depth, slab.cols, steps),
-                              task % count * kernel_.nr, panel_of(slab, depth, task % count));
+                              task % count * tiles_.nr, panel_of(slab, depth, task % count));
     });
   }
 
   void multiply_rows(const Slab& slab, int64_t row, int64_t rows) {
     T* const panels = gemm_detail::thread_scratch<T, gemm_detail::kPanelsOfA>(
-        part_ / kernel_.mr * kernel_.a_width * slab_depth_);
+        part_ / tiles_.mr * (slab_depth_ / depth_) * tiles_.a_panel(depth_));
     T* const tangents = pullback_ != nullptr && slab.col == 0 ? tangents_.data() : nullptr;
-    const int64_t lanes = divide_up(rows, kernel_.mr) * kernel_.a_width;
-    for (int64_t i = 0; i < rows; i += kernel_.mr) {
+    const int64_t block = divide_up(rows, tiles_.mr) * tiles_.a_panel(depth_);
+    for (int64_t i = 0; i < rows; i += tiles_.mr) {
       for (int64_t depth = 0; depth < slab.depth; depth += depth_) {
         const int64_t steps = std::min(depth_, slab.depth - depth);
-        pack_rows(j_, row + i, std::min(kernel_.mr, rows - i), slab.first + depth, steps, tangents,
-                  panels + lanes * depth + i / kernel_.mr * kernel_.a_width * steps);
+        pack_rows(tiles_, j_, row + i, std::min(tiles_.mr, rows - i), slab.first + depth, steps,
+                  tangents,
+                  panels + block * (depth / depth_) + i / tiles_.mr * tiles_.a_panel(steps));
       }
     }
-    const int64_t group = gemm_detail::even_part(slab.cols, blocking_.group, kernel_.nr);
+    const int64_t group = gemm_detail::even_part(slab.cols, blocking_.group, tiles_.nr);
     for (int64_t depth = 0; depth < slab.depth; depth += depth_) {
       const int64_t steps = std::min(depth_, slab.depth - depth);
       const T beta = slab.first + depth == 0 ? T(0) : T(1);
       for (int64_t col = 0; col < slab.cols; col += group) {
         gemm_detail::multiply_panels(
-            kernel_, steps, gemm_detail::packed(kernel_, steps, panels + lanes * depth),
-            panel_of(slab, depth, col / kernel_.nr), T(1), beta,
+            tiles_, steps, gemm_detail::packed(tiles_, steps, panels + block * (depth / depth_)),
+            panel_of(slab, depth, col / tiles_.nr), T(1), beta,
             {jac_in_ + row * in_ + slab.col + col, in_}, rows, std::min(group, slab.cols - col));
       }
     }
@@ -188,36 +188,37 @@ class Backprop {
       const int64_t first = example * j_.outputs, end = first + j_.outputs;
       const int64_t added = std::min(row + rows, end) - std::max(row, first);
       if ((rows_done_[example].fetch_add(added) + added) % j_.outputs != 0) continue;
-      kernel_.combine_rows(j_.outputs, slab.cols, tangents_.data() + first,
-                           jac_in_ + first * in_ + slab.col, in_,
-                           pullback_ + example * in_ + slab.col);
+      gemm_detail::microkernel<T>().combine_rows(j_.outputs, slab.cols, tangents_.data() + first,
+                                                 jac_in_ + first * in_ + slab.col, in_,
+                                                 pullback_ + example * in_ + slab.col);
     }
   }
 
   // Where the weight is narrow two blocks of depth are packed: less to wait for.
   int64_t choose_slab_depth() const {
-    const int64_t bytes = 2 * blocking_.depth * blocking_.cols * static_cast<int64_t>(sizeof(T));
-    const bool fits = bytes <= gemm_detail::kScratchBytes;
+    const int64_t bytes = 2 * gemm_detail::panel_bytes<T>(blocking_.cols, blocking_.depth);
+    const bool fits = bytes <= gemm_detail::panel_room(tiles_, gemm_detail::kScratchBytes);
     return blocking_.depth < out_ && fits ? 2 * blocking_.depth : blocking_.depth;
   }
 
   // The rows of a task: a multiple of the tile, few enough that all workers get their share.
   int64_t choose_part() const {
-    const int64_t panel_bytes = kernel_.a_width * slab_depth_ * static_cast<int64_t>(sizeof(T));
     const int64_t workers = count_workers(threads_);
-    const int64_t most = std::min(kPanelBytes, gemm_detail::kScratchBytes / workers) / panel_bytes;
-    const int64_t share = divide_up(rows_, kernel_.mr) / (4 * workers);
-    return std::clamp<int64_t>(share, 1, std::max<int64_t>(1, most)) * kernel_.mr;
+    const int64_t bytes = gemm_detail::panel_room(
+        tiles_, std::min(kPanelBytes, gemm_detail::kScratchBytes / workers));
+    const int64_t most = bytes / gemm_detail::panel_bytes<T>(tiles_.a_width, slab_depth_);
+    const int64_t share = divide_up(rows_, tiles_.mr) / (4 * workers);
+    return std::clamp<int64_t>(share, 1, std::max<int64_t>(1, most)) * tiles_.mr;
   }
 
-  const Microkernel<T>& kernel_ = gemm_detail::microkernel<T>();
   const Jacobians<S> j_;
   const Matrix<S> weight_t_;
   T *const jac_in_, *const pullback_;
   const int64_t rows_ = j_.rows(), out_ = weight_t_.cols, in_ = weight_t_.rows;
   const Threads threads_ =
       rows_ * out_ * in_ < gemm_detail::kSmallProduct ? Threads::kOne : Threads::kAll;
-  const gemm_detail::Blocking<T> blocking_{rows_, in_, out_};
+  const Tiles<T>& tiles_ = gemm_detail::tiles_for<T>(rows_, in_, out_);
+  const gemm_detail::Blocking<T> blocking_{tiles_, rows_, in_, out_};
   const int64_t depth_ = blocking_.depth, slab_depth_ = choose_slab_depth();
   const int64_t part_ = choose_part();
   std::vector<T> tangents_;                      // t = J direction, a number for each row

@@ -1,6 +1,12 @@
 // Chooses the micro-kernels once, at run time.
 #include <torch/headeronly/util/Exception.h>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <cstdlib>
 #include <string>
 
@@ -9,6 +15,22 @@
 namespace fused_so {
 namespace {
 
+#if defined(__x86_64__)
+// Whether the processor has matrix tiles of bfloat16, and the system lets this process use them.
+bool amx_granted() {
+#if defined(__linux__)
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  constexpr unsigned kBFloat16 = 1u << 22, kTile = 1u << 24;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+  if ((edx & kBFloat16) == 0 || (edx & kTile) == 0) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 const Microkernels& choose() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -16,18 +38,26 @@ const Microkernels& choose() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq");
+  const bool amx = avx512 && amx_granted();
 #else
-  const bool avx2 = false, avx512 = false;
+  const bool avx2 = false, avx512 = false, amx = false;
 #endif
   const char* variable = std::getenv("FUSED_SO_CPU");
   const std::string wanted = variable == nullptr ? "" : variable;
-  STD_TORCH_CHECK(wanted.empty() || wanted == "avx512" || wanted == "avx2" || wanted == "portable",
-                  "the environment variable FUSED_SO_CPU must be avx512, avx2 or portable, got '",
-                  wanted, "'");
-  STD_TORCH_CHECK((wanted != "avx512" || avx512) && (wanted != "avx2" || avx2),
-                  "the environment variable FUSED_SO_CPU asks for ", wanted,
-                  ", which this processor does not have");
+  STD_TORCH_CHECK(
+      wanted.empty() || wanted == "amx" || wanted == "avx512" || wanted == "avx2" ||
+          wanted == "portable",
+      "the environment variable FUSED_SO_CPU must be amx, avx512, avx2 or portable, got '", wanted,
+      "'");
+  STD_TORCH_CHECK(
+      (wanted != "amx" || amx) && (wanted != "avx512" || avx512) && (wanted != "avx2" || avx2),
+      "the environment variable FUSED_SO_CPU asks for ", wanted,
+      ", which this processor does not have");
 #if defined(__x86_64__)
+  constexpr int64_t kLargeFrom = 48;
+  static const Microkernels with_amx = {"amx", kAvx512Microkernels.f32, kAvx512Microkernels.f64,
+                                        &kAmxTiles, wanted.empty() ? kLargeFrom : 0};
+  if (wanted == "amx" || (wanted.empty() && amx)) return with_amx;
   if (wanted == "avx512" || (wanted.empty() && avx512)) return kAvx512Microkernels;
   if (wanted == "avx2" || (wanted.empty() && avx2)) return kAvx2Microkernels;
 #endif

@@ -29,7 +29,7 @@ std::vector<T> to_vector(const Tensor& t) {
 // Y = scale (X - u v^T), row-major and contiguous.
 template <class S, class T = Accumulate<S>>
 void scaled_copy(T scale, const Matrix<S>& x, T* y) {
-  const auto& readers = gemm_detail::readers<T, S>(gemm_detail::microkernel<T>());
+  const auto& readers = gemm_detail::readers<T, S>();
   const bool subtract = x.u != nullptr || x.v != nullptr;
   const int64_t rows_a_task = std::max<int64_t>(1, (1 << 13) / std::max<int64_t>(1, x.cols));
   const Threads threads = x.rows * x.cols > (1 << 17) ? Threads::kAll : Threads::kOne;
@@ -52,11 +52,13 @@ void multiply_both_sides(T scale, const Matrix<S>& x, const std::optional<Tensor
   if (!a && !go) return scaled_copy(scale, x, to);
   if (!go) return gemm(scale, x, view<T>(*a), T(0), to, in, Threads::kAll);
   if (!a) return gemm(scale, view<T>(*go), x, T(0), to, in, Threads::kAll);
-  // Some rows of what lies between the two products at a time, so that it stays small: A, which is
-  // cheaper to pack than the others, is packed again for each.
-  constexpr int64_t kBetweenBytes = 2 << 20;
-  const int64_t fitting =
-      kBetweenBytes / static_cast<int64_t>(sizeof(T)) / std::max<int64_t>(1, in);
+  // Some rows of what lies between the two products at a time, so that with the panels it stays
+  // below 8 MiB: A, which is cheaper to pack than the others, is packed again for each.
+  constexpr int64_t kBytes = 29 << 18, kMostBytes = 2 << 20;
+  const int64_t panels = gemm_detail::panel_room(gemm_detail::tiles_for<T>(out, in, in),
+                                                 2 * gemm_detail::kScratchBytes);
+  const int64_t bytes = std::min(kMostBytes, kBytes - panels);
+  const int64_t fitting = bytes / static_cast<int64_t>(sizeof(T)) / std::max<int64_t>(1, in);
   const int64_t step = gemm_detail::even_part(out, std::max<int64_t>(16, fitting / 16 * 16), 16);
   thread_local Scratch scratch;
   T* const between = scratch.get<T>(step * in);

@@ -132,13 +132,14 @@ def variants() -> list[str]:
     names = ["portable"]
     names += ["avx2"] if " avx2 " in flags and " fma " in flags else []
     names += ["avx512"] if "avx512dq" in flags and "avx512vl" in flags else []
+    names += ["amx"] if "amx_tile" in flags and "amx_bf16" in flags else []
     return names
 
 
 def run_file_with(variant: str, file: str) -> None:
     """Runs the tests of `file` again, in a process whose kernels are those of `variant`."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file]
-    command += ["-k", "tiles or depth or beyond or random or bit"]
+    command += ["-k", "tiles or depth or beyond or random or bit or scales or finite"]
     result = subprocess.run(
         command,
         # glibc fills new memory with ones: what a kernel forgets to write shows.

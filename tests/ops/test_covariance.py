@@ -206,7 +206,7 @@ def test_an_unknown_instruction_set_is_refused_by_name():
         text=True,
     )
     assert result.returncode != 0
-    assert "FUSED_SO_CPU must be avx512, avx2 or portable, got 'sse9'" in result.stderr
+    assert "FUSED_SO_CPU must be amx, avx512, avx2 or portable, got 'sse9'" in result.stderr
 
 
 MIXED = [

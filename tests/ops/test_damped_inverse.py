@@ -394,4 +394,4 @@ def test_an_unknown_instruction_set_is_an_error():
         text=True,
     )
     assert run.returncode != 0
-    assert "FUSED_SO_CPU must be avx512, avx2 or portable, got 'mmx'" in run.stderr
+    assert "FUSED_SO_CPU must be amx, avx512, avx2 or portable, got 'mmx'" in run.stderr
