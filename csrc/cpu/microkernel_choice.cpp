@@ -54,7 +54,7 @@ const Microkernels& choose() {
       "the environment variable FUSED_SO_CPU asks for ", wanted,
       ", which this processor does not have");
 #if defined(__x86_64__)
-  constexpr int64_t kLargeFrom = 48;
+  constexpr int64_t kLargeFrom = 104;
   static const Microkernels with_amx = {"amx", kAvx512Microkernels.f32, kAvx512Microkernels.f64,
                                         &kAmxTiles, wanted.empty() ? kLargeFrom : 0};
   if (wanted == "amx" || (wanted.empty() && amx)) return with_amx;

@@ -93,13 +93,16 @@ std::tuple<Tensor, Tensor> precondition(Tensor grad_weight, Tensor grad_bias, Te
     // b is a difference of two products, and their rounding would show in it: in float64.
     const auto dot = gemm_detail::microkernel<T>().dot;
     const Threads threads = out * (in + out) > (1 << 18) ? Threads::kAll : Threads::kOne;
-    for_each_task(out, threads, [&](int64_t i) {
-      double step = bias[i];
-      if (output_inverse) {
-        const Matrix<T> go = view<T>(*output_inverse);
-        step = dot(out, go.data + i * go.row_stride, go.col_stride, bias.data());
+    constexpr int64_t kRows = 16;
+    for_each_task(gemm_detail::divide_up(out, kRows), threads, [&](int64_t task) {
+      for (int64_t i = task * kRows; i < std::min(out, (task + 1) * kRows); ++i) {
+        double step = bias[i];
+        if (output_inverse) {
+          const Matrix<T> go = view<T>(*output_inverse);
+          step = dot(out, go.data + i * go.row_stride, go.col_stride, bias.data());
+        }
+        b[i] = static_cast<T>(scale * step - dot(in, weight + i * in, 1, m.data()));
       }
-      b[i] = static_cast<T>(scale * step - dot(in, weight + i * in, 1, m.data()));
     });
   });
   return {dw, db};
