@@ -89,7 +89,7 @@ for call in (
 
 
 def test_tiles_that_others_configured_stay_so():
-    assert run(TILES_OF_OTHERS, None) == ["True"] * 3
+    assert run(TILES_OF_OTHERS, "amx") == ["True"] * 3
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
