@@ -53,6 +53,22 @@ inline int64_t even_part(int64_t total, int64_t limit, int64_t unit) {
   return std::max(unit, divide_up(divide_up(total, count), unit) * unit);
 }
 
+// A panel is padded with zeros to this depth.
+template <class T>
+int64_t padded(const Tiles<T>& tiles, int64_t depth) {
+  return divide_up(depth, tiles.depth_step) * tiles.depth_step;
+}
+
+// The entries of T that a panel of A or of B takes.
+template <class T>
+int64_t a_panel(const Tiles<T>& tiles, int64_t depth) {
+  return tiles.a_width * padded(tiles, depth) + tiles.tail;
+}
+template <class T>
+int64_t b_panel(const Tiles<T>& tiles, int64_t depth) {
+  return tiles.b_width * padded(tiles, depth) + tiles.tail;
+}
+
 // The part of k that is packed at a time.
 template <class T>
 int64_t depth_part(const Tiles<T>& tiles, int64_t k) {
@@ -88,8 +104,8 @@ const Tiles<T>& tiles_for(int64_t m, int64_t n, int64_t k) {
   if constexpr (std::is_same_v<T, float>) {
     const Microkernels& all = microkernels();
     if (all.f32_large != nullptr) {
-      const bool deep = k >= all.f32_large->depth_step || all.large_from == 0;
-      if (deep && m * n > all.large_from * (m + n)) return *all.f32_large;
+      const int64_t least = all.large_from == 0 ? 1 : all.f32_large->depth_step;
+      if (k >= least && m * n > all.large_from * (m + n)) return *all.f32_large;
     }
   }
   return microkernel<T>().tiles;
@@ -167,7 +183,7 @@ void multiply_tile(const Tiles<T>& tiles, int64_t depth, const T* a, int64_t a_s
     multiply(depth, a, a_step, b, alpha, beta, target.c, target.ldc);
     return;
   }
-  alignas(64) T buffer[32 * 32];
+  alignas(64) T buffer[kMaxLanes * kMaxLanes];
   multiply(depth, a, a_step, b, alpha, T(0), buffer, tiles.nr);
   for (int64_t i = 0; i < rows; ++i) {
     T* c = target.c + i * target.ldc;
@@ -190,7 +206,7 @@ struct PanelsOfA {
 
 template <class T>
 PanelsOfA<T> packed(const Tiles<T>& tiles, int64_t depth, const T* a) {
-  return {a, tiles.a_width, tiles.a_panel(depth)};
+  return {a, tiles.a_width, a_panel(tiles, depth)};
 }
 
 // All of A, packed into `room`, or where it lies: if a slice's lanes are neighbours of the right
@@ -206,7 +222,7 @@ PanelsOfA<T> panels_of(const Tiles<T>& tiles, const Matrix<S>& a, int64_t cols, 
       return {a.data, a.col_stride, tiles.mr};
     }
   }
-  pack_all<T>(packers<T, S>(tiles).pack_a, a, tiles.mr, tiles.a_panel(a.cols), room);
+  pack_all<T>(packers<T, S>(tiles).pack_a, a, tiles.mr, a_panel(tiles, a.cols), room);
   return packed(tiles, a.cols, room);
 }
 
@@ -215,7 +231,7 @@ template <class T>
 void multiply_panels(const Tiles<T>& tiles, int64_t depth, PanelsOfA<T> a, const T* b, T alpha,
                      T beta, const Target<T>& target, int64_t rows, int64_t cols) {
   const InUse<T> in_use(tiles);
-  const int64_t panel_size = tiles.b_panel(depth);
+  const int64_t panel_size = b_panel(tiles, depth);
   for (int64_t i = 0; i < rows; i += tiles.mr, a.data += a.next) {
     const int64_t tile_rows = std::min(tiles.mr, rows - i);
     const T* panel = b;
@@ -273,10 +289,10 @@ struct Blocking {
         group(panel_room(tiles, kGroupBytes) / panel_bytes<T>(tiles.b_width, depth) * tiles.nr) {}
 
   T* a_panels() const {
-    return thread_scratch<T, kPanelsOfA>(rows / tiles.mr * tiles.a_panel(depth));
+    return thread_scratch<T, kPanelsOfA>(rows / tiles.mr * a_panel(tiles, depth));
   }
   T* b_panels(int64_t count) const {
-    return thread_scratch<T, kPanelsOfB>(count / tiles.nr * tiles.b_panel(depth));
+    return thread_scratch<T, kPanelsOfB>(count / tiles.nr * b_panel(tiles, depth));
   }
 };
 
@@ -305,7 +321,7 @@ void multiply_alone(const Tiles<T>& tiles, T alpha, const Matrix<SA>& a, const M
         const Target<T> block = target.block(row, col);
         if (block.wanted(rows - 1, cols) == 0) break;
         pack_all<T>(packers<T, SB>(tiles).pack_b, bt.block(col, depth, cols, steps), tiles.nr,
-                    tiles.b_panel(steps), b_panels);
+                    b_panel(tiles, steps), b_panels);
         multiply_panels(tiles, steps, panels, b_panels, alpha, scale, block, rows, cols);
         if (depth + steps == k) finish(row, col, rows, cols);
       }
@@ -332,7 +348,7 @@ void multiply_together(const Tiles<T>& tiles, T alpha, const Matrix<SA>& a, cons
     // k = 0 still scales C.
     for (int64_t depth = 0; depth == 0 || depth < k; depth += blocking.depth) {
       const int64_t steps = std::min(blocking.depth, k - depth);
-      const int64_t a_size = tiles.a_panel(steps), b_size = tiles.b_panel(steps);
+      const int64_t a_size = a_panel(tiles, steps), b_size = b_panel(tiles, steps);
       const T scale = depth == 0 ? beta : T(1);
       const bool last = depth + steps == k;
       const Matrix<SB> b_block = bt.block(col, depth, cols, steps);
@@ -456,7 +472,8 @@ struct Grid {
 };
 
 // What a worker does alone for `entries` of C, in multiplications per k: packing an entry of A,
-// which may have to be transposed, takes as long as 40 of them, one of B 10; measured.
+// which may have to be transposed, takes as long as 40 of them, one of B 10; measured, with
+// vectors.
 inline double block_cost(double entries, double rows, double cols) {
   return entries + 40 * rows + 10 * cols;
 }

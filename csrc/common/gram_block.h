@@ -1,6 +1,7 @@
-// A block of X X^T, the inner products of the rows of X, on the calling thread. A row is packed
-// once, into a panel that a tile reads as its left operand and as its right one: where X has few
-// rows, packing costs as much as the product. Scratch, kept by the thread: two blocks' panels.
+// A block of X X^T, the inner products of the rows of X, on the calling thread. With vectors a row
+// is packed once, into a panel that a tile reads as its left operand and as its right one: where X
+// has few rows, packing costs as much as the product. Scratch, kept by the thread: two blocks'
+// panels.
 #pragma once
 
 #include <algorithm>
@@ -16,7 +17,8 @@ struct Range {
   int64_t first, count;
 };
 
-// The tiles of all blocks of X X^T, of which there are at least two along each side.
+// The tiles of all blocks of X X^T, as if there were two along each side: how many there are
+// depends on the number of threads, on which no bit may depend.
 template <class T>
 const Tiles<T>& gram_tiles(int64_t rows, int64_t cols) {
   if (rows <= kFewRows) return gemm_detail::microkernel<T>().tiles;
@@ -32,7 +34,7 @@ void gram_block(const Matrix<S>& x, Range rows, Range cols, T* c, int64_t ldc) {
   // The product of a few rows is nearly a set of dot products, whose several accumulators BLAS
   // adds last: short sums are as accurate.
   const int64_t depth_limit = x.rows <= kFewRows ? 16 : depth_part(tiles, x.cols);
-  const int64_t lanes = tiles.nr, most = tiles.b_panel(depth_limit);
+  const int64_t lanes = tiles.nr, most = b_panel(tiles, depth_limit);
   const int64_t row_count = divide_up(rows.count, lanes), col_count = divide_up(cols.count, lanes);
   const bool shared = rows.first == cols.first && tiles.one_format;
   T* const right = thread_scratch<T, kPanelsOfB>(col_count * most);
@@ -43,7 +45,7 @@ void gram_block(const Matrix<S>& x, Range rows, Range cols, T* c, int64_t ldc) {
   // No columns at all still make C zero.
   for (int64_t depth = 0; depth == 0 || depth < x.cols; depth += depth_limit) {
     const int64_t steps = std::min(depth_limit, x.cols - depth);
-    const int64_t size = tiles.b_panel(steps);
+    const int64_t size = b_panel(tiles, steps);
     const auto pack_rows = [&](PackPanel<T, Bits<S>> pack_panel, Range range, T* panels) {
       pack_all<T>(pack_panel, x.block(range.first, depth, range.count, steps), lanes, size, panels);
     };

@@ -5,7 +5,15 @@
 
 #include <cstdint>
 
+// Whether the compiler knows the matrix unit.
+#if defined(__x86_64__) && defined(__linux__) && __GNUC__ >= 11
+#define FUSED_SO_HAS_AMX
+#endif
+
 namespace fused_so {
+
+// No tile has more lanes, no panel is deeper.
+constexpr int64_t kMaxLanes = 32, kMaxDepth = 512;
 
 // float16 and bfloat16 as their bits: torch's classes bring inline functions with them.
 struct HalfBits {
@@ -92,10 +100,6 @@ struct Tiles {
   void (*begin)(void* before);
   void (*end)(const void* before);
   ForAll<T, Packers> packers;
-
-  int64_t a_panel(int64_t depth) const { return a_width * padded(depth) + tail; }
-  int64_t b_panel(int64_t depth) const { return b_width * padded(depth) + tail; }
-  int64_t padded(int64_t depth) const { return (depth + depth_step - 1) / depth_step * depth_step; }
 };
 
 template <class T>
@@ -116,23 +120,25 @@ struct Microkernels {
   const char* name;
   Microkernel<float> f32;
   Microkernel<double> f64;
-  // Tiles of a matrix unit or null. They are worth it where m n > large_from (m + n): they halve
-  // the time of m n k multiplications, and add that of so many to the packing of each of (m + n) k
-  // entries; measured.
+  // Tiles of a matrix unit, or null. They are worth it where m n > large_from (m + n): they save
+  // half of m n k multiplications, and add half of large_from to the packing of each of (m + n) k
+  // entries.
   const Tiles<float>* f32_large;
   int64_t large_from;
 };
 
 #if defined(__x86_64__)
 extern const Microkernels kAvx512Microkernels;
-extern const Tiles<float> kAmxTiles;
 extern const Microkernels kAvx2Microkernels;
+#endif
+#if defined(FUSED_SO_HAS_AMX)
+extern const Tiles<float> kAmxTiles;
 #endif
 extern const Microkernels kPortableMicrokernels;
 
 // The fastest set this processor runs, or the one named by the environment variable
-// FUSED_SO_CPU=amx|avx512|avx2|portable; chosen at the first call. Named, amx makes all products of
-// float32, also those that vectors make faster.
+// FUSED_SO_CPU=amx|avx512|avx2|portable; chosen at the first call. Named, amx also makes products
+// that vectors make faster.
 const Microkernels& microkernels();
 
 }  // namespace fused_so

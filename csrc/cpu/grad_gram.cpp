@@ -99,7 +99,7 @@ void add_centered_products(const Layer<S>& layer, int64_t row, int64_t col, int6
 // K[rows, cols] and its mirror image.
 template <class S, class T = Accumulate<S>>
 void make_block(const std::vector<Layer<S>>& layers, Range rows, Range cols, T* k, int64_t n) {
-  const int64_t width = gemm_detail::microkernel<T>().tiles.nr;
+  const int64_t width = gram_tiles<T>(n, /*cols=*/n).nr;  // that of all layers' tiles
   const int64_t ld = gemm_detail::divide_up(cols.count, width) * width;
   const int64_t size = gemm_detail::divide_up(rows.count, width) * width * ld;
   T* const x = gemm_detail::thread_scratch<T, gemm_detail::kPartials>(2 * size);
@@ -147,7 +147,7 @@ void center_gram(T* k, int64_t n, Threads threads) {
 // bound on scratch allow, but small enough that all workers get their share of the triangle.
 template <class T>
 int64_t choose_edge(int64_t n, int64_t workers) {
-  constexpr int64_t kMaxEdge = 256, kAllScratch = 8 << 20;
+  constexpr int64_t kMaxEdge = 256, kAllScratch = 7 << 20;
   const Tiles<T>& tiles = gram_tiles<T>(n, /*cols=*/n);
   const int64_t unit = tiles.nr, slice = tiles.max_depth * tiles.b_width / tiles.nr;
   int64_t parts = 1;

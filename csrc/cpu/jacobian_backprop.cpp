@@ -26,7 +26,6 @@ using gemm_detail::divide_up;
 
 constexpr int64_t kMaxRows = 1 << 16;       // the rows whose J direction is kept at a time
 constexpr int64_t kPanelBytes = 256 << 10;  // the panels of J of one task: they stay in L2
-constexpr int64_t kMaxDepth = 512;          // of a panel
 
 // J = jac * dphi as a matrix: row i outputs + r is output r of example i. A null dphi means ones.
 template <class S>
@@ -80,9 +79,9 @@ const T* row_part(const Matrix<S>& x, int64_t row, int64_t first, int64_t count,
 template <class S, class T = Accumulate<S>>
 void pack_rows(const Tiles<T>& tiles, const Jacobians<S>& j, int64_t row, int64_t rows, int64_t col,
                int64_t steps, T* tangents, T* panel) {
-  // The largest tile has 32 rows; their distance is no power of 2, for the L1 cache.
-  constexpr int64_t kLanes = 32, kStride = kMaxDepth + 16;
-  alignas(64) T scaled[kLanes * kStride], dphi_room[kMaxDepth], direction_room[kMaxDepth];
+  // The rows' distance is no power of 2, for the L1 cache.
+  constexpr int64_t kStride = kMaxDepth + 16;
+  alignas(64) T scaled[kMaxLanes * kStride], dphi_room[kMaxDepth], direction_room[kMaxDepth];
   const T *dphi = nullptr, *direction = nullptr;
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t example = (row + i) / j.outputs, output = (row + i) % j.outputs;
@@ -117,7 +116,8 @@ class Backprop {
 
   void run() {
     T* const panels = gemm_detail::thread_scratch<T, gemm_detail::kPanelsOfB>(
-        divide_up(blocking_.cols, tiles_.nr) * (slab_depth_ / depth_) * tiles_.b_panel(depth_));
+        divide_up(blocking_.cols, tiles_.nr) * (slab_depth_ / depth_) *
+        gemm_detail::b_panel(tiles_, depth_));
     for (int64_t col = 0; col < in_; col += blocking_.cols) {
       for (int64_t depth = 0; depth < out_; depth += slab_depth_) {
         const Slab slab{panels, depth, std::min(slab_depth_, out_ - depth), col,
@@ -141,8 +141,8 @@ class Backprop {
 
   T* panel_of(const Slab& slab, int64_t depth, int64_t panel) const {
     const int64_t before = divide_up(slab.cols, tiles_.nr) * (depth / depth_);
-    return slab.panels + before * tiles_.b_panel(depth_) +
-           panel * tiles_.b_panel(std::min(depth_, slab.depth - depth));
+    return slab.panels + before * gemm_detail::b_panel(tiles_, depth_) +
+           panel * gemm_detail::b_panel(tiles_, std::min(depth_, slab.depth - depth));
   }
 
   void pack_weight(const Slab& slab) const {
@@ -157,15 +157,16 @@ class Backprop {
 
   void multiply_rows(const Slab& slab, int64_t row, int64_t rows) {
     T* const panels = gemm_detail::thread_scratch<T, gemm_detail::kPanelsOfA>(
-        part_ / tiles_.mr * (slab_depth_ / depth_) * tiles_.a_panel(depth_));
+        part_ / tiles_.mr * (slab_depth_ / depth_) * gemm_detail::a_panel(tiles_, depth_));
     T* const tangents = pullback_ != nullptr && slab.col == 0 ? tangents_.data() : nullptr;
-    const int64_t block = divide_up(rows, tiles_.mr) * tiles_.a_panel(depth_);
+    const int64_t block = divide_up(rows, tiles_.mr) * gemm_detail::a_panel(tiles_, depth_);
     for (int64_t i = 0; i < rows; i += tiles_.mr) {
       for (int64_t depth = 0; depth < slab.depth; depth += depth_) {
         const int64_t steps = std::min(depth_, slab.depth - depth);
         pack_rows(tiles_, j_, row + i, std::min(tiles_.mr, rows - i), slab.first + depth, steps,
                   tangents,
-                  panels + block * (depth / depth_) + i / tiles_.mr * tiles_.a_panel(steps));
+                  panels + block * (depth / depth_) +
+                      i / tiles_.mr * gemm_detail::a_panel(tiles_, steps));
       }
     }
     const int64_t group = gemm_detail::even_part(slab.cols, blocking_.group, tiles_.nr);
@@ -196,8 +197,12 @@ class Backprop {
 
   // Where the weight is narrow two blocks of depth are packed: less to wait for.
   int64_t choose_slab_depth() const {
-    const int64_t bytes = 2 * gemm_detail::panel_bytes<T>(blocking_.cols, blocking_.depth);
-    const bool fits = bytes <= gemm_detail::panel_room(tiles_, gemm_detail::kScratchBytes);
+    const auto bytes = [&](int64_t width) {
+      return gemm_detail::panel_bytes<T>(width, 2 * blocking_.depth);
+    };
+    const int64_t room = gemm_detail::panel_room(tiles_, gemm_detail::kScratchBytes);
+    const bool fits = bytes(blocking_.cols / tiles_.nr * tiles_.b_width) <= room &&
+                      bytes(tiles_.a_width) * count_workers(threads_) <= room;
     return blocking_.depth < out_ && fits ? 2 * blocking_.depth : blocking_.depth;
   }
 

@@ -2,11 +2,14 @@
 // multiply float32. A float32 is the exact sum of three bfloat16, x = h + m + l with |m| <= 2^-8
 // |x| and |l| <= 2^-17 |x|; of the nine products of two such sums the six largest are added up
 // (Henry, Tang and Heinecke 2019). The three left out are at most 2^-24 |x| |y|, less than the
-// rounding of one product and its sum. The unit adds 32 terms before it rounds into a tile. It
-// takes what is below 2^-126 for zero: a panel of such small entries is scaled. Of infinite entries
-// it makes NaN. Tiles: 4 of sums, 2 of A, 2 of B. Per 32 steps of depth 24 products of 16 cycles
-// against 14 loads of at least 8: bound by arithmetic.
-#if defined(__x86_64__)
+// rounding of one product and its sum. Of 32 terms the unit makes two sums, which it rounds as
+// float32, before it adds them to a tile. It takes what is below 2^-126 for zero: a panel of small
+// entries is scaled. Where an entry is infinite, or a product beyond float32, it may make NaN.
+// Tiles: 4 of sums, 2 of A, 2 of B. Per 32 steps of depth 24 products of 16 cycles against 14 loads
+// of at least 8: bound by arithmetic.
+#include "common/microkernel.h"
+
+#if defined(FUSED_SO_HAS_AMX)
 #include <cstdint>
 #pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")
 #define FUSED_SO_AVX512
@@ -19,16 +22,16 @@ namespace {
 
 #define FUSED_SO_AMX __attribute__((target("amx-tile,amx-bf16")))
 
-constexpr int kSide = 32;  // lanes of a panel, and the steps of depth of one chunk of it
-constexpr int kMaxDepth = 512;
+constexpr int kSide = 32;             // lanes of a panel, and the steps of depth of one chunk of it
 constexpr int kPart = kSide * kSide;  // bfloat16 of a chunk's h, m or l: two tiles
 constexpr int kChunk = 3 * kPart;
 constexpr int kWidth = kChunk * sizeof(uint16_t) / sizeof(float) / kSide;  // floats of a slice
 
 // Behind its slices, in a cache line of its own, a panel holds 1 over what its entries were
-// multiplied by: 1, or 2^64 if all of them are below 2^-64.
+// multiplied by: 1, or 2^40 if all of them are below 2^-40. So products of parts that matter stay
+// above 2^-126, and alpha 2^-80 is not subnormal.
 constexpr int kTail = 16;
-constexpr float kScale = 0x1p64f;
+constexpr float kScale = 0x1p40f;
 
 using Floats = Vector<float, 16>;
 using Bits = Vector<uint32_t, 16>;
@@ -122,7 +125,7 @@ struct Packer {
   bool tiny() const {
     uint32_t largest = 0;
     for (int i = 0; i < 16; ++i) largest = most[i] > largest ? most[i] : largest;
-    return 0 < largest && largest < (127u - 64u) << 23;
+    return 0 < largest && largest < (127u - 40u) << 23;
   }
 };
 

@@ -52,14 +52,15 @@ void multiply_both_sides(T scale, const Matrix<S>& x, const std::optional<Tensor
   if (!a && !go) return scaled_copy(scale, x, to);
   if (!go) return gemm(scale, x, view<T>(*a), T(0), to, in, Threads::kAll);
   if (!a) return gemm(scale, view<T>(*go), x, T(0), to, in, Threads::kAll);
-  // Some rows of what lies between the two products at a time, so that with the panels it stays
-  // below 8 MiB: A, which is cheaper to pack than the others, is packed again for each.
+  // Some rows of what lies between the two products at a time, so that it stays small: A, which is
+  // cheaper to pack than the others, is packed again for each. With all panels 7.25 MiB: the rest
+  // of 8 is for what the threads touch.
   constexpr int64_t kBytes = 29 << 18, kMostBytes = 2 << 20;
   const int64_t panels = gemm_detail::panel_room(gemm_detail::tiles_for<T>(out, in, in),
                                                  2 * gemm_detail::kScratchBytes);
   const int64_t bytes = std::min(kMostBytes, kBytes - panels);
   const int64_t fitting = bytes / static_cast<int64_t>(sizeof(T)) / std::max<int64_t>(1, in);
-  const int64_t step = gemm_detail::even_part(out, std::max<int64_t>(16, fitting / 16 * 16), 16);
+  const int64_t step = gemm_detail::even_part(out, std::max<int64_t>(32, fitting / 32 * 32), 32);
   thread_local Scratch scratch;
   T* const between = scratch.get<T>(step * in);
   const Matrix<T> left = view<T>(*go);
@@ -93,12 +94,12 @@ std::tuple<Tensor, Tensor> precondition(Tensor grad_weight, Tensor grad_bias, Te
     // b is a difference of two products, and their rounding would show in it: in float64.
     const auto dot = gemm_detail::microkernel<T>().dot;
     const Threads threads = out * (in + out) > (1 << 18) ? Threads::kAll : Threads::kOne;
+    const Matrix<T> go = output_inverse ? view<T>(*output_inverse) : Matrix<T>{};
     constexpr int64_t kRows = 16;
     for_each_task(gemm_detail::divide_up(out, kRows), threads, [&](int64_t task) {
       for (int64_t i = task * kRows; i < std::min(out, (task + 1) * kRows); ++i) {
         double step = bias[i];
         if (output_inverse) {
-          const Matrix<T> go = view<T>(*output_inverse);
           step = dot(out, go.data + i * go.row_stride, go.col_stride, bias.data());
         }
         b[i] = static_cast<T>(scale * step - dot(in, weight + i * in, 1, m.data()));

@@ -82,7 +82,7 @@ def test_budget_of_a_large_size():
     check_covariance(budget.random_matrix(6, 4097, torch.float32, seed=0), True)
 
 
-@pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e-20, 1e-12, 1e12, 1e18])
+@pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e-20, 1e-19, 1e-18, 1e-17, 1e-12, 1e12, 1e18])
 def test_huge_and_tiny_scales(scale):
     check_covariance(scale * budget.random_matrix(50, 30, torch.float32, seed=0), True)
 
