@@ -24,8 +24,7 @@ namespace {
 using gemm_detail::as_bits;
 using gemm_detail::divide_up;
 
-constexpr int64_t kMaxRows = 1 << 16;       // the rows whose J direction is kept at a time
-constexpr int64_t kPanelBytes = 256 << 10;  // the panels of J of one task: they stay in L2
+constexpr int64_t kMaxRows = 1 << 16;  // the rows whose J direction is kept at a time
 
 // J = jac * dphi as a matrix: row i outputs + r is output r of example i. A null dphi means ones.
 template <class S>
@@ -208,9 +207,12 @@ class Backprop {
 
   // The rows of a task: a multiple of the tile, few enough that all workers get their share.
   int64_t choose_part() const {
+    // The panels of J of one task stay in L2, which is larger where there is a matrix unit; each
+    // task reads all of the weight's from memory.
+    const int64_t most_bytes = (tiles_.one_format ? 256 : 768) << 10;
     const int64_t workers = count_workers(threads_);
-    const int64_t bytes = gemm_detail::panel_room(
-        tiles_, std::min(kPanelBytes, gemm_detail::kScratchBytes / workers));
+    const int64_t bytes =
+        gemm_detail::panel_room(tiles_, std::min(most_bytes, gemm_detail::kScratchBytes / workers));
     const int64_t most = bytes / gemm_detail::panel_bytes<T>(tiles_.a_width, slab_depth_);
     const int64_t share = divide_up(rows_, tiles_.mr) / (4 * workers);
     return std::clamp<int64_t>(share, 1, std::max<int64_t>(1, most)) * tiles_.mr;
