@@ -130,3 +130,18 @@ for number in (odd, 1 / 3, 2.0**-60 * odd, 2.0**-126 * odd, tiny, torch.finfo().
         print(torch.equal(result, x))
 """
     assert run(code, "amx") == ["True"] * 12
+
+
+@pytest.mark.parametrize(("alpha", "left", "right"), [(1e30, 1e30, 1e-30), (1e-30, 1e-20, 1e-12)])
+def test_a_scale_far_from_one_loses_no_bits(alpha, left, right):
+    """What a panel of tiny entries was multiplied by is taken back beside alpha."""
+    code = f"""
+import torch
+from fused_so import ops
+torch.manual_seed(0)
+x, inverse, zeros = {left} * torch.randn(128, 128), {right} * torch.randn(128, 128), torch.zeros(128)
+result, _ = ops.precondition(x, zeros, zeros, inverse, alpha={alpha})
+exact = x.double() @ inverse.double() / {alpha}
+print(((result - exact).abs().max() / exact.abs().max()).item() < 1e-6)
+"""
+    assert run(code, "amx") == ["True"]

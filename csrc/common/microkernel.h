@@ -88,6 +88,7 @@ struct Tiles {
   int64_t depth_step;        // panels are padded with zeros to a multiple of it in depth
   int64_t max_depth;         // of a panel: longer sums of one accumulator lose accuracy
   int64_t tail;              // what a panel holds beside its slices, in T
+  int64_t task_bytes;        // panels that one task may keep in L2, beside those all share
   bool one_format;           // a panel of B serves as one of A in `square`
   // C[rows, cols] = beta C + alpha A B from a panel of B, and of A whose slices are a_step apart;
   // beta = 0 does not read C. multiply[v][r] is for row_step (r + 1) rows and v + 1 vectors of

@@ -653,6 +653,7 @@ constexpr Tiles<T> make_tiles() {
   tiles.mr = MR, tiles.nr = b_width;
   tiles.a_width = a_width, tiles.b_width = b_width;
   tiles.row_step = 2, tiles.depth_step = 1, tiles.one_format = true;
+  tiles.task_bytes = 256 << 10;
   tiles.max_depth = 256;  // deeper panels would gain 1% of speed
   fill_tiles<T, MR, 1, V, b_width>(tiles);
   fill_tiles<T, MR, 2, V, b_width>(tiles);

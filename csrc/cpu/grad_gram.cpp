@@ -149,7 +149,7 @@ template <class T>
 int64_t choose_edge(int64_t n, int64_t workers) {
   constexpr int64_t kMaxEdge = 256, kAllScratch = 7 << 20;
   const Tiles<T>& tiles = gram_tiles<T>(n, /*cols=*/n);
-  const int64_t unit = tiles.nr, slice = tiles.max_depth * tiles.b_width / tiles.nr;
+  const int64_t unit = tiles.nr, slice = kGramDepth * tiles.b_width / tiles.nr;
   int64_t parts = 1;
   while (workers > 1 && parts * parts < 2 * workers) ++parts;
   int64_t edge = std::min(kMaxEdge, gemm_detail::divide_up(n, parts * unit) * unit);

@@ -207,12 +207,10 @@ class Backprop {
 
   // The rows of a task: a multiple of the tile, few enough that all workers get their share.
   int64_t choose_part() const {
-    // The panels of J of one task stay in L2, which is larger where there is a matrix unit; each
-    // task reads all of the weight's from memory.
-    const int64_t most_bytes = (tiles_.one_format ? 256 : 768) << 10;
+    // Each task reads all of the weight's panels.
     const int64_t workers = count_workers(threads_);
-    const int64_t bytes =
-        gemm_detail::panel_room(tiles_, std::min(most_bytes, gemm_detail::kScratchBytes / workers));
+    const int64_t room = gemm_detail::panel_room(tiles_, gemm_detail::kScratchBytes);
+    const int64_t bytes = std::min(tiles_.task_bytes, room / workers);
     const int64_t most = bytes / gemm_detail::panel_bytes<T>(tiles_.a_width, slab_depth_);
     const int64_t share = divide_up(rows_, tiles_.mr) / (4 * workers);
     return std::clamp<int64_t>(share, 1, std::max<int64_t>(1, most)) * tiles_.mr;

@@ -4,9 +4,9 @@
 // (Henry, Tang and Heinecke 2019). The three left out are at most 2^-24 |x| |y|, less than the
 // rounding of one product and its sum. Of 32 terms the unit makes two sums, which it rounds as
 // float32, before it adds them to a tile. It takes what is below 2^-126 for zero: a panel of small
-// entries is scaled. Where an entry is infinite, or a product beyond float32, it may make NaN.
-// Tiles: 4 of sums, 2 of A, 2 of B. Per 32 steps of depth 24 products of 16 cycles against 14 loads
-// of at least 8: bound by arithmetic.
+// entries is scaled, but results below 1e-32 beside others of order 1 lose digits. Where an entry
+// is infinite, or a product beyond float32, it may make NaN. Tiles: 4 of sums, 2 of A, 2 of B. Per
+// 32 steps of depth 24 products of 16 cycles against 14 loads of at least 8: bound by arithmetic.
 #include "common/microkernel.h"
 
 #if defined(FUSED_SO_HAS_AMX)
@@ -29,7 +29,7 @@ constexpr int kWidth = kChunk * sizeof(uint16_t) / sizeof(float) / kSide;  // fl
 
 // Behind its slices, in a cache line of its own, a panel holds 1 over what its entries were
 // multiplied by: 1, or 2^40 if all of them are below 2^-40. So products of parts that matter stay
-// above 2^-126, and alpha 2^-80 is not subnormal.
+// above 2^-126.
 constexpr int kTail = 16;
 constexpr float kScale = 0x1p40f;
 
@@ -58,7 +58,7 @@ void store_pairs(Floats first, Floats second, uint16_t* to) {
   }
 }
 
-// 32 neighbours in each of some rows, scaled, less row_factor[i] times `factor`; a null row_factor
+// 32 neighbours in each of some rows, less row_factor[i] times `factor`; a null row_factor
 // means ones.
 template <class S>
 struct Rows {
@@ -266,16 +266,18 @@ FUSED_SO_AMX void multiply(int64_t depth, const float* a, int64_t, const float* 
     load_a<NR>(x);
     add_products<NR, NC>();
   }
-  alpha *= *tail(a, depth);
-  alpha *= *tail(b, depth);
-  if (alpha == 1 && beta == 0) return store_sums<NR, NC>(c, ldc);
+  const float scale = *tail(a, depth) * *tail(b, depth);
+  if (scale == 1 && alpha == 1 && beta == 0) return store_sums<NR, NC>(c, ldc);
+  // alpha (scale sum) or (alpha scale) sum: no product is subnormal unless the result is.
+  const bool large = alpha >= 1 || alpha <= -1;
+  const float first = large ? 1 : scale, second = large ? alpha * scale : alpha;
   alignas(64) float sums[kSide * kSide];
   store_sums<NR, NC>(sums, kSide);
   for (int i = 0; i < 16 * NR; ++i) {
 #pragma GCC unroll 2
     for (int j = 0; j < 16 * NC; j += 16) {
       float* const to = c + i * ldc + j;
-      const Floats scaled = alpha * load<float, 16>(sums + i * kSide + j);
+      const Floats scaled = second * (first * load<float, 16>(sums + i * kSide + j));
       store<float, 16>(to, beta == 0 ? scaled : beta * load<float, 16>(to) + scaled);
     }
   }
@@ -296,6 +298,7 @@ const Tiles<float> kAmxTiles = {
     kSide,
     kMaxDepth,
     kTail,
+    1152 << 10,
     false,
     {{&multiply<1, 1>, &multiply<2, 1>}, {&multiply<1, 2>, &multiply<2, 2>}},
     &square,

@@ -1,7 +1,7 @@
 """Products by the library's own kernels.
 
-On a CPU large ones take between half of torch.mm's time, where its BLAS has no AVX-512 kernels, and
-as long, on a matrix unit three quarters; those of few rows and columns take some microseconds more.
+On a CPU large ones take half of torch.mm's time where its BLAS has no AVX-512 kernels, three
+quarters on a matrix unit, else as long; those of few rows and columns take some microseconds more.
 """
 
 from __future__ import annotations
