@@ -139,7 +139,8 @@ def test_a_scale_far_from_one_loses_no_bits(alpha, left, right):
 import torch
 from fused_so import ops
 torch.manual_seed(0)
-x, inverse, zeros = {left} * torch.randn(128, 128), {right} * torch.randn(128, 128), torch.zeros(128)
+zeros = torch.zeros(128)
+x, inverse = {left} * torch.randn(128, 128), {right} * torch.randn(128, 128)
 result, _ = ops.precondition(x, zeros, zeros, inverse, alpha={alpha})
 exact = x.double() @ inverse.double() / {alpha}
 print(((result - exact).abs().max() / exact.abs().max()).item() < 1e-6)
