@@ -69,10 +69,10 @@ int64_t b_panel(const Tiles<T>& tiles, int64_t depth) {
   return tiles.b_width * padded(tiles, depth) + tiles.tail;
 }
 
-// The part of k that is packed at a time.
+// The part of k that is packed at a time, at most `limit`.
 template <class T>
-int64_t depth_part(const Tiles<T>& tiles, int64_t k) {
-  return even_part(k, tiles.max_depth, std::max<int64_t>(16, tiles.depth_step));
+int64_t depth_part(const Tiles<T>& tiles, int64_t k, int64_t limit) {
+  return even_part(k, limit, std::max<int64_t>(16, tiles.depth_step));
 }
 
 template <class T>
@@ -283,7 +283,7 @@ struct Blocking {
 
   Blocking(const Tiles<T>& tiles, int64_t m, int64_t n, int64_t k)
       : tiles(tiles),
-        depth(depth_part(tiles, k)),
+        depth(depth_part(tiles, k, tiles.max_depth)),
         rows(lane_step(tiles, m, tiles.mr, tiles.a_width)),
         cols(lane_step(tiles, n, tiles.nr, tiles.b_width)),
         group(panel_room(tiles, kGroupBytes) / panel_bytes<T>(tiles.b_width, depth) * tiles.nr) {}

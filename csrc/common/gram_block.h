@@ -12,7 +12,7 @@
 namespace fused_so {
 
 constexpr int64_t kFewRows = 8;
-constexpr int64_t kGramDepth = 256;
+constexpr int64_t kGramDepth = 256;  // deeper panels are no faster, and take more of each thread
 
 struct Range {
   int64_t first, count;
@@ -34,8 +34,7 @@ void gram_block(const Matrix<S>& x, Range rows, Range cols, T* c, int64_t ldc) {
   const Tiles<T>& tiles = gram_tiles<T>(x.rows, x.cols);
   // The product of a few rows is nearly a set of dot products, whose several accumulators BLAS
   // adds last: short sums are as accurate.
-  const int64_t depth_limit = even_part(x.cols, x.rows <= kFewRows ? 16 : kGramDepth,
-                                        std::max<int64_t>(16, tiles.depth_step));
+  const int64_t depth_limit = depth_part(tiles, x.cols, x.rows <= kFewRows ? 16 : kGramDepth);
   const int64_t lanes = tiles.nr, most = b_panel(tiles, depth_limit);
   const int64_t row_count = divide_up(rows.count, lanes), col_count = divide_up(cols.count, lanes);
   const bool shared = rows.first == cols.first && tiles.one_format;

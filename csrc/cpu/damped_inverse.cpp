@@ -31,8 +31,6 @@ namespace {
 
 using gemm_detail::divide_up;
 
-constexpr int64_t kMaxPanelWidth = 32;  // of every packed panel and every SweepBody
-
 // The three instruction sets. The target attribute reaches everything inlined into a function.
 #if defined(__x86_64__)
 #define FUSED_SO_AVX512 __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")))
@@ -120,6 +118,7 @@ class Inverter {
   void apply(const SweepStep<T>& step, Threads threads) const {
     const int64_t panels = divide_up(step.d, tiles_.width);
     for_each_task(panels, threads, [&](int64_t q) { tiles_.multiply(step, q); });
+    // A thread keeps its rows from one step to the next, in its own cache.
     for_each_task_in_shares(panels, threads, [&](int64_t q) { tiles_.update(step, q); });
   }
 
@@ -161,7 +160,7 @@ void transpose_lower(Matrix<S> from, T* to, Threads threads) {
   const Tiles<T>& tiles = gemm_detail::microkernel<T>().tiles;
   const int64_t d = from.rows, width = tiles.b_width;
   for_each_task(divide_up(d, width), threads, [&](int64_t q) {
-    alignas(64) T columns[kChunk * kMaxPanelWidth];
+    alignas(64) T columns[kChunk * kMaxLanes];
     const int64_t i0 = q * width, i1 = std::min(d, i0 + width);
     for (int64_t j0 = 0; j0 < i1; j0 += kChunk) {
       const int64_t j1 = std::min(i1, j0 + kChunk);

@@ -287,26 +287,26 @@ void square(int64_t depth, const float* a, const float* b, float beta, float* c,
   multiply<2, 2>(depth, a, 0, b, 1, beta, c, ldc);
 }
 
+constexpr Tiles<float> make_amx_tiles() {
+  Tiles<float> tiles = {};
+  tiles.mr = tiles.nr = kSide;
+  tiles.a_width = tiles.b_width = kWidth;
+  tiles.row_step = 16, tiles.depth_step = kSide, tiles.max_depth = kMaxDepth;
+  tiles.tail = kTail;
+  tiles.task_bytes = 1152 << 10;
+  tiles.multiply[0][0] = &multiply<1, 1>, tiles.multiply[0][1] = &multiply<2, 1>;
+  tiles.multiply[1][0] = &multiply<1, 2>, tiles.multiply[1][1] = &multiply<2, 2>;
+  tiles.square = &square;
+  tiles.begin = &begin, tiles.end = &end;
+  tiles.packers = {{&pack<true, float>, &pack<false, float>},
+                   {&pack<true, HalfBits>, &pack<false, HalfBits>},
+                   {&pack<true, BFloat16Bits>, &pack<false, BFloat16Bits>}};
+  return tiles;
+}
+
 }  // namespace
 
-const Tiles<float> kAmxTiles = {
-    kSide,
-    kSide,
-    kWidth,
-    kWidth,
-    16,
-    kSide,
-    kMaxDepth,
-    kTail,
-    1152 << 10,
-    false,
-    {{&multiply<1, 1>, &multiply<2, 1>}, {&multiply<1, 2>, &multiply<2, 2>}},
-    &square,
-    &begin,
-    &end,
-    {{&pack<true, float>, &pack<false, float>},
-     {&pack<true, HalfBits>, &pack<false, HalfBits>},
-     {&pack<true, BFloat16Bits>, &pack<false, BFloat16Bits>}}};
+const Tiles<float> kAmxTiles = make_amx_tiles();
 
 }  // namespace fused_so
 #endif
