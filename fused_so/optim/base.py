@@ -116,9 +116,14 @@ class ModelOptimizer(torch.optim.Optimizer):
         group: dict[str, Any],
         updates: list[Update],
         bound: Tensor,
+        momentum: float | None = None,
         weight_decay: float | None = None,
     ) -> None:
-        """Takes the updates, times `bound`, with the group's momentum, weight decay and lr."""
+        """Takes the updates, times `bound`, with the group's lr, momentum and weight decay.
+
+        Or with another `momentum`, 0 only if that of the group is, or another `weight_decay`.
+        """
+        momentum = group["momentum"] if momentum is None else momentum
         weight_decay = group["weight_decay"] if weight_decay is None else weight_decay
         for same in _by_kind(updates):
             params = [update.param for update in same]
@@ -129,7 +134,7 @@ class ModelOptimizer(torch.optim.Optimizer):
                 [update.delta for update in same],
                 [self._momentum_buffer(p) for p in params] if group["momentum"] else [],
                 lr=group["lr"],
-                momentum=group["momentum"],
+                momentum=momentum,
                 weight_decay=weight_decay,
                 nesterov=group["nesterov"],
                 scale=bound.to(params[0].device, accumulate_dtype(params[0].dtype)),

@@ -19,13 +19,13 @@ from fused_so.optim.tridiagonal import TridiagonalInverse
 
 STRUCTURES = ("block_diagonal", "block_tridiagonal")
 DEFAULTS = {
-    "lr": 0.3,
+    "lr": 0.06,
     "damping": 0.0,
     "relative_damping": 0.1,
     "statistics_every": 5,
     "inverse_every": "auto",
     "decay": 0.8,
-    "warmup": 32,
+    "warmup": 64,
 }
 
 
@@ -75,7 +75,7 @@ class KFAC(FisherOptimizer):
             one is not damped, but its correlation with that of the next layer is.
         damping: lambda >= 0, in units of the loss's curvature.
         relative_damping: delta >= 0, relative to the mean curvature of the layer.
-        momentum: of the preconditioned updates, in [0, 1]; early steps overshoot with it.
+        momentum: of the preconditioned updates, in [0, 1].
         nesterov: take the look-ahead form of momentum.
         weight_decay: eta >= 0: eta / 2 times the squared norm is part of objective and metric.
             Parameters that no layer owns decay as in SGD.
@@ -94,7 +94,8 @@ class KFAC(FisherOptimizer):
             that a penalty on the weights is better given as weight_decay. Without a likelihood,
             or with None, there is no such bound.
         warmup: the number of first steps over which updates grow from a fifth to their full
-            length; 0 for none.
+            length, and momentum from 0, while what it is less by makes updates longer, so that
+            lr / (1 - momentum) stays; 0 for none.
         recipe: None, or "paper" for the whole of Martens and Grosse 2015 (sections 6 and 7 of the
             long version), which needs `step(closure)` and a likelihood: lambda and the factors'
             damping are adapted, step size and momentum come from the exact Fisher's quadratic
@@ -126,8 +127,8 @@ class KFAC(FisherOptimizer):
         structure: str = "block_diagonal",
         damping: float | None = None,
         relative_damping: float | None = None,
-        momentum: float = 0.0,
-        nesterov: bool = False,
+        momentum: float = 0.9,
+        nesterov: bool = True,
         weight_decay: float = 0.0,
         statistics_every: int | None = None,
         inverse_every: int | str | None = None,

@@ -152,18 +152,29 @@ class KroneckerOptimizer(FactorOptimizer):
     def _take(self, group: dict, kind: str, updates: list[Update], bound: Tensor) -> None:
         layers = kind == "layers"
         if not self.rewrites_gradients:
-            warmup = group.get("warmup", 0)
-            if self._steps < warmup:
-                # The first steps, on the curvature of few batches while it changes fastest,
-                # decide on much of what follows.
-                bound = bound * (COLD + (1 - COLD) * self._steps / warmup)
+            length, momentum = self._warmed(group)
             decayed = layers and self.decay_in_metric
-            self._apply(group, updates, bound, weight_decay=0.0 if decayed else None)
+            weight_decay = 0.0 if decayed else group["weight_decay"]
+            self._apply(group, updates, length * bound, momentum, weight_decay)
             return
         for param, delta, *_ in updates:
             bound = bound.to(delta)
             # 0 where a gradient is not finite, and delta neither
             param.grad.copy_(torch.where(bound > 0, bound * delta if layers else delta, 0.0))
+
+    def _warmed(self, group: dict[str, Any]) -> tuple[float, float]:
+        """What an update is multiplied by, and the momentum beta_t, at this step.
+
+        The first steps, on the curvature of few batches while it changes fastest, decide on much
+        of what follows, and momentum would carry them far. lr / (1 - beta) stays as it is.
+        """
+        warmup, momentum = group.get("warmup", 0), group["momentum"]
+        if self._steps >= warmup:
+            return 1.0, momentum
+        # beta_t = beta (t + 1) / T
+        now = momentum * min(1.0, (self._steps + 1) / warmup)
+        length = COLD + (1 - COLD) * self._steps / warmup
+        return (length * (1 - now) / (1 - momentum) if momentum < 1 else length), now
 
     def _updates(self, group: dict) -> dict[str, list[Update]]:
         """The updates of the "layers" and of the "plain" parameters, where there are any.

@@ -73,7 +73,7 @@ class NNN(KroneckerOptimizer):
         drift_tolerance: float = 0.1,
         decay: float = 0.95,
         max_norm: float | None = 1.0,
-        warmup: float = 32,
+        warmup: float = 64,
         params: Iterable | None = None,
     ):
         options = {

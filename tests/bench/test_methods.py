@@ -44,7 +44,7 @@ def test_sgd_nesterov_steps_with_the_scheduled_momentum():
 
 
 @pytest.mark.parametrize(
-    ("name", "lr", "updates"), [("kfac_growing", 0.6, 300), ("adam_growing", 1.8e-3, 1500)]
+    ("name", "lr", "updates"), [("kfac_growing", 0.12, 300), ("adam_growing", 1.8e-3, 1500)]
 )
 def test_growing_rates_double(name, lr, updates):
     model = nn.Linear(2, 1)

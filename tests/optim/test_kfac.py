@@ -464,9 +464,11 @@ def test_ten_steps_follow_an_independent_loop(factors):
         clipped.append(nu < 1)
         with torch.no_grad():
             for layer, update in updates.items():
-                update = nu * min(1.0, 0.2 + 0.8 * t / warmup) * update
-                velocity[layer] = momentum * velocity.get(layer, 0.0) + update
-                step = lr * (update + momentum * velocity[layer])
+                now = momentum * min(1.0, (t + 1) / warmup)
+                longer = (1 - now) / (1 - momentum)
+                update = nu * longer * min(1.0, 0.2 + 0.8 * t / warmup) * update
+                velocity[layer] = now * velocity.get(layer, 0.0) + update
+                step = lr * (update + now * velocity[layer])
                 layer.weight -= step[:, :-1]
                 layer.bias -= step[:, -1]
         for p, q in zip(model.parameters(), twin.parameters(), strict=True):
