@@ -176,6 +176,15 @@ class FisherOptimizer(KroneckerOptimizer):
             c = torch.maximum(c, _LEAST_VARIANCE * layer.state["mean"].square().mean())
         return tuple(torch.where(m > 0, m, torch.finfo(m.dtype).tiny ** 0.5) for m in (c, k))
 
+    def _warmed(self, group: dict[str, Any]) -> tuple[float, float]:
+        """Momentum grows as well, or it would carry the first steps far; lr / (1 - beta) stays."""
+        length, momentum = super()._warmed(group)
+        if momentum == 1 or self._steps >= group["warmup"]:
+            return length, momentum
+        # beta_t = beta (t + 1) / T
+        now = momentum * min(1.0, (self._steps + 1) / group["warmup"])
+        return length * (1 - now) / (1 - momentum), now
+
     def remove_hooks(self) -> None:
         super().remove_hooks()
         if self._passes is not None:

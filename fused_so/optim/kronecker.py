@@ -163,18 +163,15 @@ class KroneckerOptimizer(FactorOptimizer):
             param.grad.copy_(torch.where(bound > 0, bound * delta if layers else delta, 0.0))
 
     def _warmed(self, group: dict[str, Any]) -> tuple[float, float]:
-        """What an update is multiplied by, and the momentum beta_t, at this step.
+        """What an update is multiplied by, and the momentum, at this step.
 
         The first steps, on the curvature of few batches while it changes fastest, decide on much
-        of what follows, and momentum would carry them far. lr / (1 - beta) stays as it is.
+        of what follows.
         """
-        warmup, momentum = group.get("warmup", 0), group["momentum"]
-        if self._steps >= warmup:
-            return 1.0, momentum
-        # beta_t = beta (t + 1) / T
-        now = momentum * min(1.0, (self._steps + 1) / warmup)
-        length = COLD + (1 - COLD) * self._steps / warmup
-        return (length * (1 - now) / (1 - momentum) if momentum < 1 else length), now
+        warmup = group.get("warmup", 0)
+        cold = self._steps < warmup
+        length = COLD + (1 - COLD) * self._steps / warmup if cold else 1.0
+        return length, group["momentum"]
 
     def _updates(self, group: dict) -> dict[str, list[Update]]:
         """The updates of the "layers" and of the "plain" parameters, where there are any.

@@ -48,7 +48,8 @@ class NNN(KroneckerOptimizer):
             eigendecomposition a layer.
         max_norm: as for `ACP`, in the metric of the whitened coordinates, which alpha does not
             scale: one layer's steps are as long as its gradients say.
-        warmup: as for `KFAC`.
+        warmup: the number of first steps over which updates grow from a fifth to their full
+            length; 0 for none.
         params: parameters or param groups, as for `ACP`.
 
     Raises:
@@ -73,7 +74,7 @@ class NNN(KroneckerOptimizer):
         drift_tolerance: float = 0.1,
         decay: float = 0.95,
         max_norm: float | None = 1.0,
-        warmup: float = 64,
+        warmup: float = 32,
         params: Iterable | None = None,
     ):
         options = {

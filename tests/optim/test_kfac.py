@@ -476,6 +476,28 @@ def test_ten_steps_follow_an_independent_loop(factors):
     assert True in clipped
 
 
+def test_momentum_of_one_is_not_warmed_up():
+    """lr / (1 - momentum) has no value to keep: updates add up, at their lengths."""
+    model = chain(4, 3)
+    opt = fused_so.KFAC(
+        model, 1.0, likelihood=nn.CrossEntropyLoss(), factors="exact", momentum=1.0, nesterov=False,
+        max_norm=1e-3, warmup=4,
+    )  # fmt: skip
+    x, y = torch.randn(16, 4, dtype=DOUBLE), torch.randint(0, 3, (16,))
+    norms, before, last = [], model[0].weight.detach().clone(), 0.0
+    for _ in range(3):
+        opt.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        opt.step()
+        # v <- v + u and p <- p - v, so that u is the change of the step
+        step = before - model[0].weight.detach()
+        norms.append((step - last).norm())
+        before, last = model[0].weight.detach().clone(), step
+    # The gradient of so short steps stays what it was: only the warm-up, 0.2, 0.4 and 0.6, shows.
+    assert float(norms[1] / norms[0]) == pytest.approx(2.0, rel=0.05)
+    assert float(norms[2] / norms[0]) == pytest.approx(3.0, rel=0.05)
+
+
 @pytest.mark.parametrize("structure", ["block_diagonal", "block_tridiagonal"])
 def test_inputs_that_do_not_vary_are_damped(structure):
     model = chain(8, 16, 16, 3, dtype=torch.float32)
