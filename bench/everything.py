@@ -79,10 +79,6 @@ STAGES = (
         "--batch-size 512 --run-budget 20s"
     ),
     Stage(
-        "-m bench.evidence --out {out}/evidence_1024 --problems curves --methods kfac "
-        "--batch-size 1024 --run-budget 30s --trials 1"
-    ),
-    Stage(
         "-m bench.evidence --out {out}/evidence_paper "
         "--methods adam,kfac,kfac_paper,kfac_paper_tridiagonal"
     ),
@@ -91,9 +87,10 @@ STAGES = (
         "--methods kfac,kfac_tridiagonal --trials 8 --trial-budget 200u --run-budget 200u "
         "--threads 1"
     ),
-    _train("curves_512", "curves", "--optimizers kfac,kfac_growing --seconds 20 --batch-size 512"),
     _train("curves_256", "curves", "--optimizers adam_growing --seconds 60 --batch-size 256"),
-    _train("curves_1024", "curves", "--optimizers kfac_growing --seconds 24 --batch-size 1024"),
+    _train(
+        "curves_1024", "curves", "--optimizers kfac_growing,kfac --seconds 24 --batch-size 1024"
+    ),
     _train(
         "curves_tridiagonal",
         "curves",
@@ -116,7 +113,6 @@ STAGES = (
         Stage(f"-m bench.figures --evidence {{out}}/{name}")
         for name in (
             "evidence_512",
-            "evidence_1024",
             "evidence_paper",
             "evidence_tridiagonal",
             "evidence",
