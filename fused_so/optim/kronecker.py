@@ -153,9 +153,10 @@ class KroneckerOptimizer(FactorOptimizer):
         layers = kind == "layers"
         if not self.rewrites_gradients:
             length, momentum = self._warmed(group)
+            # Nothing to launch once it is warm.
+            bound = bound if length == 1 else bound * length
             decayed = layers and self.decay_in_metric
-            weight_decay = 0.0 if decayed else group["weight_decay"]
-            self._apply(group, updates, length * bound, momentum, weight_decay)
+            self._apply(group, updates, bound, momentum, weight_decay=0.0 if decayed else None)
             return
         for param, delta, *_ in updates:
             bound = bound.to(delta)
