@@ -68,24 +68,42 @@ _OPS = " ".join(
         "jacobian_backprop", "precondition",
     )
 )  # fmt: skip
+_COMPARISON = ",".join(
+    (
+        "sgd", "sgd_nesterov", "adam", "bn", "singd", "sirfshampoo", "soap",
+        "cgd", "acp", "acp_heuristic", "acp_fixed", "nnn", "kfac", "kfac_plain",
+        "kfac_tridiagonal", "ekfac", "ubp", "natural_gradient", "tonga",
+    )
+)  # fmt: skip
 STAGES = (
     _bench("ops_cpu", _OPS),
     _bench("ops_avx2_cpu", _OPS, AVX2),
     _bench("steps_cpu", "bench/bench_steps.py -k 'test_steps or newton'"),
     _bench("steps_classifier_cpu", "bench/bench_steps.py -k classifier"),
-    Stage("-m bench.evidence --out {out}/evidence"),
+    Stage(f"-m bench.evidence --out {{out}}/evidence --methods {_COMPARISON}"),
+    Stage("-m bench.evidence --out {out}/evidence_centering --methods sgd,cgd,mean_only_bn,bn"),
+    # As long as the runs: in 5 seconds the published libraries do not leave the mean image.
+    Stage(
+        "-m bench.evidence --out {out}/evidence_published --problems curves "
+        "--methods adam,kfac,soap,singd,sirfshampoo --trial-budget 20s --run-budget 20s"
+    ),
     Stage(
         "-m bench.evidence --out {out}/evidence_512 --problems curves --methods adam,kfac "
         "--batch-size 512 --run-budget 20s"
     ),
     Stage(
         "-m bench.evidence --out {out}/evidence_paper "
-        "--methods adam,kfac,kfac_paper,kfac_paper_tridiagonal"
+        "--methods adam,sgd,sgd_plain,ubp,ubp_plain,kfac,kfac_paper,kfac_paper_tridiagonal"
     ),
     Stage(
         "-m bench.evidence --out {out}/evidence_tridiagonal --problems curves "
         "--methods kfac,kfac_tridiagonal --trials 8 --trial-budget 200u --run-budget 200u "
         "--threads 1"
+    ),
+    Stage(
+        "-m bench.evidence --out {out}/evidence_momentum --problems curves "
+        "--methods kfac,kfac_plain --batch-size 1024 --trial-budget 100u --run-budget 300u "
+        "--trials 8 --threads 1"
     ),
     _train("curves_256", "curves", "--optimizers adam_growing --seconds 60 --batch-size 256"),
     _train(
@@ -113,8 +131,11 @@ STAGES = (
         Stage(f"-m bench.figures --evidence {{out}}/{name}")
         for name in (
             "evidence_512",
+            "evidence_centering",
+            "evidence_published",
             "evidence_paper",
             "evidence_tridiagonal",
+            "evidence_momentum",
             "evidence",
         )
     ),

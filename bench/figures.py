@@ -26,8 +26,15 @@ from bench.training import Budget, Run
 FIGURES = {
     "centering": ("sgd", "cgd", "mean_only_bn"),
     "second_order": ("acp_fixed", "acp_heuristic", "acp", "nnn", "kfac", "bn"),
-    "ubp": ("sgd", "ubp"),
-    "kfac": ("kfac", "kfac_plain", "kfac_tridiagonal", "sgd_nesterov"),
+    "ubp": ("sgd_plain", "ubp_plain", "sgd", "ubp"),
+    "kfac": (
+        "kfac",
+        "kfac_plain",
+        "kfac_tridiagonal",
+        "kfac_paper",
+        "kfac_paper_tridiagonal",
+        "sgd_nesterov",
+    ),
     "published": ("acp", "kfac", "adam", "singd", "sirfshampoo", "soap"),
 }
 """George 2017, figures 6.1, 6.2 and 5.1; Martens and Grosse 2015, figure 4; other libraries."""

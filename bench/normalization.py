@@ -8,24 +8,25 @@ import torch
 from torch import Tensor, nn
 
 
-class MeanOnlyBatchNorm(nn.Module):
+class MeanOnlyBatchNorm(nn.BatchNorm1d):
     """Subtract the batch's mean from each of `features` columns and add a learned bias.
 
     Salimans & Kingma (2016), section 4. In evaluation the mean is the running one,
-    mean <- (1 - momentum) mean + momentum (mean of the batch), from zero on.
+    mean <- (1 - momentum) mean + momentum (mean of the batch), from zero on; or with momentum None
+    the average over batches, which `torch.optim.swa_utils.update_bn` takes anew.
     """
 
     def __init__(self, features: int, momentum: float = 0.1):
-        super().__init__()
+        super().__init__(features, affine=False, momentum=momentum)
         self.bias = nn.Parameter(torch.zeros(features))
-        self.register_buffer("running_mean", torch.zeros(features))
-        self.momentum = momentum
 
     def forward(self, rows: Tensor) -> Tensor:
         if not self.training:
             return rows - self.running_mean + self.bias
         mean = rows.mean(dim=0)
-        self.running_mean.lerp_(mean.detach(), self.momentum)
+        self.num_batches_tracked += 1
+        rate = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean.detach(), rate)
         return rows - mean + self.bias
 
 

@@ -5,8 +5,8 @@
 Every method starts from the same parameters and sees the same batches for the same seed, has its
 iterates averaged the same way, and is judged by the averaged parameters. Evaluating does not
 count as training time. Baselines have their hyperparameters tuned by biased random search, each
-setting by a shorter run on seed 0. Seeds are the outer loop, so that noise on the machine meets
-every method alike.
+setting by a shorter run on a seed of its own. Seeds are the outer loop, so that noise on the
+machine meets every method alike.
 """
 
 from __future__ import annotations

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from bench.methods import METHODS, sutskever_momentum
-from bench.normalization import MeanOnlyBatchNorm
-from bench.problems import autoencoder
+from bench.normalization import MeanOnlyBatchNorm, normalized
+from bench.problems import PROBLEMS, autoencoder, default_data
+from bench.training import EVALUATED_ROWS, evaluate
 from fused_so.likelihoods import Bernoulli
 
 PUBLISHED = ("singd", "sirfshampoo", "soap")
@@ -160,3 +161,17 @@ def test_mean_only_batch_norm_against_the_formula():
     torch.testing.assert_close(layer(second), second - running + layer.bias)
     torch.testing.assert_close(layer.running_mean, running)  # evaluation does not move it
     assert not layer.running_mean.requires_grad
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d, MeanOnlyBatchNorm])
+def test_evaluation_takes_statistics_anew(kind):
+    """Those of the model in training are of other parameters than the averages."""
+    problem = PROBLEMS["digits"](default_data())
+    model = normalized(kind, problem.build(0))
+    layer = next(module for module in model if isinstance(module, kind))
+    layer.running_mean.fill_(7.0)
+    evaluate(problem, model)
+    batches = problem.train.inputs[:EVALUATED_ROWS].split(problem.batch_size)
+    means = torch.stack([model[0](batch).mean(0) for batch in batches])
+    torch.testing.assert_close(layer.running_mean, means.mean(0))
+    assert layer.momentum == 0.1
