@@ -39,6 +39,10 @@ CALLS = {
     "damped_inverse of a batch": (
         "a = torch.eye(128).repeat(100, 1, 1); call = lambda: ops.damped_inverse(a, 0.1)"
     ),
+    "damped_inverse of a list": (
+        "a = [torch.eye(1000).mul_(i + 1) for i in range(4)] + [torch.eye(128)] * 100;"
+        "call = lambda: ops.damped_inverse(a, 0.1)"
+    ),
     "grad_gram": (
         "g, h = ([torch.randn(1500, d) for d in ds] for ds in ((900, 40), (700, 900)));"
         "call = lambda: ops.grad_gram(g, h)"

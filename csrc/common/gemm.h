@@ -512,7 +512,7 @@ void run(T alpha, const Matrix<SA>& a, const Matrix<SB>& b, T beta, const Target
   const int64_t m = a.rows, n = b.cols, k = a.cols;
   if (m == 0 || n == 0) return;
   // Waking the threads costs more than a small product.
-  if (m * n * k < kSmallProduct) threads = Threads::kOne;
+  if (m * n * k / (target.lower ? 2 : 1) < kSmallProduct) threads = Threads::kOne;
   const int64_t workers = count_workers(threads);
   const Parts<T> parts{m, n, k};
   if (threads == Threads::kAll && parts.count > 1) {

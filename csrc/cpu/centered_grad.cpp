@@ -1,9 +1,9 @@
 // Weight gradient of a linear layer with its input centered, so that large means do not cancel
-// against each other. Where dW is large: a pass over g and one over h for the column sums, and one
-// product that subtracts the mean while it packs h. Where it is small: parts of the rows, of which
-// each block is summed and multiplied while it is in the cache.
-// 2 n out in operations, and n (out + in) additions; n (out + in) entries read from memory twice,
-// or once: bound by arithmetic.
+// against each other. Where dW is large: a pass over g and, centered, one over h for the column
+// sums, and one product that subtracts the mean while it packs h. Where it is small: parts of the
+// rows, of which each block is summed and multiplied while it is in the cache. 2 n out in
+// operations, and n (out + in) additions; n (out + in) entries read from memory twice, or once:
+// bound by arithmetic.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -42,8 +42,8 @@ void sum_rows(const Matrix<S>& g, const Matrix<S>& h, bool centered, double* g_s
   for (int64_t row = 0; row < n; row += step) {
     const int64_t rows = std::min(step, n - row);
     const Matrix<S> g_rows = g.block(row, 0, rows, out), h_rows = h.block(row, 0, rows, in);
-    add_column_sums(h_rows, h_sums);
     if (centered) {
+      add_column_sums(h_rows, h_sums);
       for (int64_t j = 0; j < in; ++j) {
         const T mean = static_cast<T>(h_sums[j] / (row + rows));
         moved[j] = mean - m[j];
@@ -108,7 +108,11 @@ std::tuple<Tensor, Tensor, Tensor> centered_grad(Tensor g, Tensor h, bool center
     const gemm_detail::Parts<T> parts{out, in, n};
     if (parts.count > 1) return sum_parts(parts, g_view, h_view, centered, w, b, m);
     column_sums(g_view, /*squares=*/false).divide(1, b);
-    column_sums(h_view, /*squares=*/false).divide(std::max<int64_t>(n, 1), m);
+    if (centered) {
+      column_sums(h_view, /*squares=*/false).divide(std::max<int64_t>(n, 1), m);
+    } else {
+      std::fill_n(m, in, T(0));
+    }
     // dW = G^T (H - 1 m^T), or G^T H
     gemm(T(1), g_view.transposed(), centered ? h_view.minus(nullptr, m) : h_view, T(0), w, in,
          Threads::kAll);

@@ -6,8 +6,8 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
+#include <limits>
 #include <tuple>
 #include <vector>
 
@@ -54,7 +54,7 @@ bool mix(const Tensor& cov, const Tensor& mean, const Tensor& h, double decay, b
   const int64_t n = h.size(0), d = h.size(1);
   if (n == 0) return false;
   const ColumnSums statistics = column_sums(view<S>(h), /*squares=*/true);
-  if (!std::isfinite(static_cast<T>(statistics.sum_of_squares))) return false;
+  if (!(statistics.sum_of_squares <= std::numeric_limits<T>::max())) return false;
   if (decay == 1) return true;
 
   std::vector<T> batch_mean(d);

@@ -16,12 +16,12 @@ def centered_grad(g: Tensor, h: Tensor, *, centered: bool = True) -> tuple[Tenso
     .. math:: \sum_i g_i (h_i - m)^T, \qquad \sum_i g_i, \qquad m = \frac1n \sum_i h_i
 
     Sums over the rows, as autograd does; only m is a mean. With n = 0 all three are zero. If not
-    `centered`, m is not subtracted: the first is autograd's gradient, sum_i g_i h_i^T.
+    `centered`, m = 0: the first is autograd's gradient, sum_i g_i h_i^T.
 
     Args:
         g: (n, out), gradients with respect to the layer's output; any strides.
         h: (n, in), the layer's input, same dtype and device; any strides.
-        centered: whether to subtract m.
+        centered: whether m is the mean, or 0.
 
     Returns:
         grad_weight (out, in), grad_bias (out,), mean (in,); float32, or float64 for float64.

@@ -13,6 +13,8 @@ from fused_so._dtypes import accumulate_dtype
 from fused_so.ops import _check
 from fused_so.ops._registry import define
 
+_STACK_BYTES = 4 << 20
+
 
 def damped_inverse(
     a: Tensor | Sequence[Tensor], damping: float | Tensor
@@ -57,12 +59,9 @@ def _damped_inverse_of_list(matrices, damping):
         _check.same_device(f"a[{i}]", matrix, "a[0]", matrices[0])
     damping = _damping_tensor(damping, (len(matrices),), matrices[0])
 
-    members: dict[int, list[int]] = {}
-    for i, matrix in enumerate(matrices):
-        members.setdefault(matrix.shape[0], []).append(i)
     inverses: list = [None] * len(matrices)
     infos: list = [None] * len(matrices)
-    for group in members.values():
+    for group in _groups(matrices):
         if len(group) == 1:
             batch, batch_damping = matrices[group[0]].unsqueeze(0), damping[group[0]].unsqueeze(0)
         else:
@@ -72,6 +71,23 @@ def _damped_inverse_of_list(matrices, damping):
         for i, one_inverse, one_info in zip(group, inverse.unbind(), info.unbind(), strict=True):
             inverses[i], infos[i] = one_inverse, one_info
     return inverses, torch.stack(infos)
+
+
+def _groups(matrices: Sequence[Tensor]) -> list[list[int]]:
+    """The numbers of the matrices that go into one batch: of one size.
+
+    On a CPU, where a large matrix keeps all threads busy, no more than _STACK_BYTES of them.
+    """
+    members: dict[int, list[int]] = {}
+    for i, matrix in enumerate(matrices):
+        members.setdefault(matrix.shape[0], []).append(i)
+    if matrices[0].device.type != "cpu":
+        return list(members.values())
+    groups = []
+    for d, same in members.items():
+        count = max(1, _STACK_BYTES // max(1, d * d * matrices[0].element_size()))
+        groups += [same[i : i + count] for i in range(0, len(same), count)]
+    return groups
 
 
 def _damping_tensor(damping: float | Tensor, batch: Sequence[int], a: Tensor) -> Tensor:

@@ -206,9 +206,8 @@ class FactorOptimizer(LayerOptimizer):
         # Algorithm 4, line 7, of George 2017.
         inverses, info = ops.damped_inverse(covariances, damping)
         for factor, inverse, failure in zip(factors, inverses, info.unbind(), strict=True):
-            last_good = factor.get("inverse", torch.zeros_like(inverse))
             factor.layer.state[factor.key("inverse")] = torch.where(
-                failure == 0, inverse, last_good
+                failure == 0, inverse, factor.get("inverse", 0.0)
             )
         self._readback.watch(info, partial(self._retry, jobs, damping, boost))
 

@@ -9,6 +9,5 @@ from fused_so._dtypes import accumulate
 
 def centered_grad(g: Tensor, h: Tensor, *, centered: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     g, h = accumulate(g), accumulate(h)
-    n = h.shape[0]
-    mean = h.sum(0) / max(n, 1)
+    mean = h.sum(0) / max(len(h), 1) if centered else h.new_zeros(h.shape[1])
     return g.T @ (h - mean if centered else h), g.sum(0), mean

@@ -66,9 +66,10 @@ def _launch(g: torch.Tensor, h: torch.Tensor, centered: bool, planned: Plan):
     partials = grad_weight if splits == 1 else grad_weight.new_empty((splits, out, width))
     (h_width_n, h_width_i), (g_width_n, g_width_o) = load_widths(h), load_widths(g)
 
-    blocks = triton.cdiv(width, SUM_COLUMNS) + triton.cdiv(out, SUM_COLUMNS)
+    summed = width if centered else 0  # columns of h
+    blocks = triton.cdiv(summed, SUM_COLUMNS) + triton.cdiv(out, SUM_COLUMNS)
     _sum_columns[(max(1, blocks), sum_splits)](
-        h, *h.stride(), g, *g.stride(), n, width, out, rows_per_split, h_sums, g_sums,
+        h, *h.stride(), g, *g.stride(), n, summed, out, rows_per_split, h_sums, g_sums,
         BLOCK_N=SUM_ROWS, BLOCK_D=SUM_COLUMNS,
         WIDTH_HN=h_width_n, WIDTH_HI=h_width_i, WIDTH_GN=g_width_n, WIDTH_GO=g_width_o,
     )  # fmt: skip
@@ -186,10 +187,11 @@ def _centered_product(
     split = tl.program_id(1)
     row = i * BLOCK_M + tl.arange(0, BLOCK_M)
     col = j * BLOCK_N + tl.arange(0, BLOCK_N)
-    # m = (1/n) sum h
-    mean = sum_of_splits(h_sums_ptr, width, sum_splits, row, width, BLOCK_S) / n
+    mean = tl.zeros([BLOCK_M], h_sums_ptr.dtype.element_ty)
     shift = None
     if CENTERED:
+        # m = (1/n) sum h
+        mean = sum_of_splits(h_sums_ptr, width, sum_splits, row, width, BLOCK_S) / n
         # A half h minus a half shift is what the product takes apart without loss.
         shift = mean.to(ACC).to(h_ptr.dtype.element_ty).to(ACC)
 

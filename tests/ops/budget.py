@@ -140,6 +140,7 @@ def run_file_with(variant: str, file: str) -> None:
     """Runs the tests of `file` again, in a process whose kernels are those of `variant`."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file]
     names = "tiles or depth or beyond or random or bit or scales or finite or no_rows or empty"
+    names += " or conditioned or condition_ or denormal or first_bad or definite or lower or far"
     command += ["-k", names]
     result = subprocess.run(
         command,
