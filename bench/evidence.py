@@ -76,6 +76,12 @@ ALWAYS = ("curves", "digits", "digits_classifier")
 OURS = ("cgd", "acp", "nnn", "kfac", "ekfac", "ubp", "natural_gradient", "tonga")
 """The methods that are this library's optimizers as a user gets them, and run untuned too."""
 
+ELSEWHERE = (
+    "adam_growing", "kfac_growing", "kfac_paper", "kfac_paper_tridiagonal", "mean_only_bn",
+    "sgd_plain", "ubp_plain",
+)  # fmt: skip
+"""The methods that are not run unasked: bench.everything asks for them, for one question each."""
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -109,6 +115,8 @@ class Evidence:
         self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
         self.missing: dict[str, list[Budget]] = {}
         """The budgets of what is missing, by problem: counted by a dry run."""
+        self.machines: set[str] = set()
+        """What the finished pieces were run on."""
 
     def load(self, piece: Piece, problem: Problem) -> Run | None:
         try:
@@ -116,6 +124,7 @@ class Evidence:
         except FileNotFoundError:
             return None
         run = Run(**document["run"])
+        self.machines.add(document["machine"]["cpu"])
         # An optimizer that could not be built has no options.
         return run if run.settings in ({}, options_of(piece, problem)) else None
 
@@ -166,11 +175,6 @@ def _write(file: Path, document: Mapping[str, Any]) -> None:
     write_whole(file, json.dumps(document, indent=1, default=str) + "\n")
 
 
-def result_of(run: Run) -> float:
-    """What a search minimizes: the final training error, inf where the run diverged."""
-    return float("inf") if run.diverged else run.final("train_error")
-
-
 def gather(
     name: str,
     methods: Sequence[str],
@@ -206,7 +210,7 @@ def gather(
             for method, study in studies.items():
                 trial = study.ask(dict(METHODS[method].space))
                 run = piece(method, f"trial{number:02d}", trial.params, SEARCH_SEED, plan.trial)
-                study.tell(trial, result_of(run))
+                study.tell(trial, run.result)
         for method, study in studies.items():
             index[method]["hyperparameters"] = study.best_params
         for seed in range(plan.seeds):
@@ -294,9 +298,9 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--methods",
         type=_names(METHODS, "method"),
-        default=list(METHODS),
+        default=[name for name in METHODS if name not in ELSEWHERE],
         metavar="NAME,...",
-        help=f"any of {', '.join(METHODS)} (default: all)",
+        help=f"any of {', '.join(METHODS)} (default: all but {', '.join(ELSEWHERE)})",
     )
     add("--minutes", type=positive(float), help="start nothing that would end later than this")
     add("--trials", type=positive(int), help="settings tried a method (default: the plan's)")
@@ -379,6 +383,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         counted = Evidence(arguments.out, None, dry=True)
         gather(name, methods, plan, counted, problem, None)
         missing = counted.missing.get(name, [])
+        others = counted.machines - {environment()["cpu"]}
+        if missing and others:
+            print(
+                f"{name}: finished pieces are of another machine, whose seconds are not this "
+                f"one's: {', '.join(sorted(others))}",
+                file=sys.stderr,
+            )
         _announce(name, plan, missing, methods, evaluation_seconds(problem))
         work.append((name, methods, plan, problem, len(missing)))
     if arguments.dry_run:

@@ -166,11 +166,7 @@ def targets(results: Results) -> list[tuple[float, str]]:
 
 
 def _median_final(runs: Sequence[Run]) -> float:
-    return statistics.median(_final(run) for run in runs)
-
-
-def _final(run: Run) -> float:
-    return math.inf if run.diverged else run.final("train_error")
+    return statistics.median(run.result for run in runs)
 
 
 def table(results: Results) -> str:
@@ -246,7 +242,7 @@ def _untuned(results: Results) -> list[str]:
 
 
 def _finals(runs: Sequence[Run]) -> str:
-    return _short([_final(run) for run in runs]).replace("never", "diverged")
+    return _short([run.result for run in runs]).replace("never", "diverged")
 
 
 def _short(values: Sequence[float]) -> str:

@@ -178,6 +178,27 @@ def figure(found: Sequence[Mapping[str, Any]]) -> Figure:
     return drawing
 
 
+def experiment() -> dict[str, Any]:
+    """What decides the results, as their file says it."""
+    return {
+        "problem": "digits, autoencoder " + "-".join(map(str, WIDTHS)),
+        "batch_size": BATCH,
+        "updates": UPDATES,
+        "experiments": EXPERIMENTS,
+        "space": {name: [one.low, one.high] for name, one in SPACE.items()},
+    }
+
+
+def finished(file: Path) -> list[dict[str, Any]]:
+    """The searches that an earlier call of the same experiment left in the file."""
+    try:
+        document = json.loads(file.read_text())
+    except FileNotFoundError:
+        return []
+    same = all(document.get(name) == value for name, value in experiment().items())
+    return document["searches"] if same else []
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.search_experiment",
@@ -194,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / "search.json"
-    found = json.loads(file.read_text())["searches"] if file.exists() else []
+    found = finished(file)
 
     done = {(one["procedure"], one["seed"]) for one in found}
     missing = [
@@ -213,11 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             ]
             found = kept + searches(procedure, first, count, images, bar.update)
             document = {
-                "problem": "digits, autoencoder " + "-".join(map(str, WIDTHS)),
-                "batch_size": BATCH,
-                "updates": UPDATES,
-                "experiments": EXPERIMENTS,
-                "space": {name: [one.low, one.high] for name, one in SPACE.items()},
+                **experiment(),
                 "thesis": THESIS,
                 "summary": summary(found),
                 "searches": found,

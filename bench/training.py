@@ -72,6 +72,11 @@ class Run:
         return self.curve[name][-1] if self.curve[name] else math.inf
 
     @property
+    def result(self) -> float:
+        """What a search minimizes: the final training error, inf where it diverged."""
+        return math.inf if self.diverged else self.final("train_error")
+
+    @property
     def updates_per_second(self) -> float:
         return self.final("updates") / max(self.final("seconds"), 1e-9)
 
@@ -215,8 +220,8 @@ def search(
         trial = study.ask(space)
         run = Run(optimizer, SEARCH_SEED, trial.params)
         train(run, problem, budget, batch_size, evaluations=1, advance=advance)
-        study.tell(trial, run.final("train_error"))
-        tried.append({**trial.params, "train_error": run.final("train_error")})
+        study.tell(trial, run.result)
+        tried.append({**trial.params, "train_error": run.result})
     return sorted(tried, key=lambda one: one["train_error"])
 
 

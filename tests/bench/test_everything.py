@@ -7,11 +7,16 @@ import re
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from bench import everything as program
 from bench import train
+from bench.evidence import ELSEWHERE
+from bench.methods import METHODS
+from bench.problems import PROBLEMS
 
 ROOT = Path(__file__).parents[2]
+IGNORED = ("momentum", "nesterov", "max_norm", "max_decrease", "warmup")
 WRITE = "import pathlib; [pathlib.Path(r'{{out}}', n).write_text('x') for n in {names!r}]"
 
 
@@ -105,6 +110,25 @@ def test_trainings_are_those_of_the_committed_files():
         assert {key: now[key] for key in compared} == {
             key: then["arguments"][key] for key in compared
         }, one.leaves
+        # With the defaults of today.
+        likelihood = PROBLEMS[now["problem"]](now["data"]).likelihood
+        for run in then["runs"]:
+            method, setting = METHODS[run["optimizer"]], run["hyperparameters"]
+            options = method.build(nn.Linear(1, 1), likelihood, **setting).defaults
+            # What KFAC's documentation says that recipe="paper" ignores.
+            ignored = IGNORED if "paper" in run["optimizer"] else ()
+            options = json.loads(json.dumps(options, default=str))
+            for settings in (options, run["settings"]):
+                for name in ignored:
+                    settings.pop(name, None)
+            assert options == run["settings"], one.leaves
+
+
+def test_every_method_is_asked_for_by_a_stage():
+    texts = [one.arguments for one in program.STAGES if "--methods" in one.arguments]
+    texts += [one.arguments for one in program.STAGES if "--optimizers" in one.arguments]
+    asked = {name for text in texts for name in re.findall(r"\w+", text)}
+    assert set(ELSEWHERE) <= asked & set(METHODS)
 
 
 def test_every_bench_of_an_op_is_run():

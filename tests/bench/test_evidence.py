@@ -69,6 +69,20 @@ def test_work_goes_breadth_first_and_nothing_is_done_twice(tmp_path, trained):
     assert contents(tmp_path) == before
 
 
+def test_pieces_of_another_machine_are_told_of_where_some_are_missing(
+    tmp_path, trained, monkeypatch, capsys
+):
+    program.main([*SMALL, "--out", str(tmp_path)])
+    there = {**program.environment(), "cpu": "Another CPU"}
+    monkeypatch.setattr(program, "environment", lambda: there)
+    program.main([*SMALL, "--out", str(tmp_path)])
+    assert "another machine" not in capsys.readouterr().err
+    here = json.loads(next(tmp_path.rglob("tuned*.json")).read_text())["machine"]["cpu"]
+    program.main([*SMALL, "--seeds", "3", "--out", str(tmp_path), "--dry-run"])
+    message = "digits: finished pieces are of another machine, whose seconds are not this one's: "
+    assert message + here in capsys.readouterr().err
+
+
 def test_files_say_what_was_done(tmp_path, trained):
     program.main([*SMALL, "--out", str(tmp_path)])
     index = json.loads((tmp_path / "digits" / "index.json").read_text())
@@ -253,9 +267,9 @@ def test_our_optimizers_are_all_there_and_need_no_options():
 def test_a_diverged_run_is_the_worst():
     run = Run("sgd", 0, {})
     run.record(seconds=1.0, updates=1, train_error=0.1, test_error=0.1)
-    assert program.result_of(run) == 0.1
+    assert run.result == 0.1
     run.diverged = True
-    assert program.result_of(run) == float("inf")
+    assert run.result == float("inf")
 
 
 @pytest.mark.parametrize(

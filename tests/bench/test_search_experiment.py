@@ -96,6 +96,10 @@ def test_finished_pieces_are_kept(small, tmp_path, monkeypatch, capsys):
     assert "| biased |" in capsys.readouterr().out
     program.main(arguments)
     assert len(calls) == 7
+    # Another experiment begins anew.
+    monkeypatch.setattr(program, "UPDATES", program.UPDATES + 1)
+    program.main(arguments)
+    assert len(calls) == 13
 
 
 def test_summary_is_mean_and_deviation():
