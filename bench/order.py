@@ -35,7 +35,7 @@ from tqdm import tqdm
 import fused_so
 from bench.arguments import positive
 from bench.environment import environment
-from bench.report import write_whole
+from bench.report import earlier, write_whole
 
 SEGMENTS, REPLACEMENTS, BATCH, HELD_OUT = 10, 5, 128, 500
 BATCHES = 40
@@ -158,12 +158,7 @@ def experiment() -> dict[str, Any]:
 
 def finished(file: Path) -> dict[str, Any]:
     """The results that an earlier call of the same experiment left in the file."""
-    try:
-        document = json.loads(file.read_text())
-    except FileNotFoundError:
-        return {}
-    same = all(document.get(name) == value for name, value in experiment().items())
-    return document["results"] if same else {}
+    return earlier(file, experiment()).get("results", {})
 
 
 def figure(results: dict[str, Any]) -> Figure:

@@ -34,6 +34,16 @@ def write_whole(file: Path, text: str) -> None:
         unfinished.unlink(missing_ok=True)
 
 
+def earlier(file: Path, experiment: Mapping[str, Any]) -> dict[str, Any]:
+    """The document that an earlier call of the same experiment left in the file, {} if none."""
+    try:
+        document = json.loads(file.read_text())
+    except FileNotFoundError:
+        return {}
+    same = all(document.get(name) == value for name, value in experiment.items())
+    return document if same else {}
+
+
 def _by_optimizer(runs: Sequence[Run]) -> dict[str, list[Run]]:
     grouped: dict[str, list[Run]] = {}
     for run in runs:

@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from bench.arguments import positive
 from bench.environment import environment
-from bench.report import write_whole
+from bench.report import earlier, write_whole
 from bench.search import BiasedRandomSampler
 
 WIDTHS = (64, 32, 16, 8, 16, 32, 64)
@@ -189,16 +189,6 @@ def experiment() -> dict[str, Any]:
     }
 
 
-def finished(file: Path) -> list[dict[str, Any]]:
-    """The searches that an earlier call of the same experiment left in the file."""
-    try:
-        document = json.loads(file.read_text())
-    except FileNotFoundError:
-        return []
-    same = all(document.get(name) == value for name, value in experiment().items())
-    return document["searches"] if same else []
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.search_experiment",
@@ -215,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / "search.json"
-    found = finished(file)
+    found = earlier(file, experiment()).get("searches", [])
 
     done = {(one["procedure"], one["seed"]) for one in found}
     missing = [
