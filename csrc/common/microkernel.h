@@ -12,8 +12,8 @@
 
 namespace fused_so {
 
-// No tile has more lanes, no panel is deeper.
-constexpr int64_t kMaxLanes = 32, kMaxDepth = 512;
+// No tile has more lanes, no panel is deeper; `factor` takes so many rows.
+constexpr int64_t kMaxLanes = 32, kMaxDepth = 512, kFactorRows = 16;
 
 // float16 and bfloat16 as their bits: torch's classes bring inline functions with them.
 struct HalfBits {
@@ -111,6 +111,10 @@ struct Microkernel {
                     int64_t to_stride);
   // sum_i x[i stride] y[i], in float64.
   double (*dot)(int64_t count, const T* x, int64_t stride, const T* y);
+  // In place, kFactorRows rows with leading dimension ld: the upper triangle of A = L L^T in, L^-1
+  // with zeros above it out. Returns 0, or the order of the first leading minor that is not
+  // positive definite.
+  int64_t (*factor)(T* a, int64_t ld);
   // to[j] = sum_i weights[i] x[i row_stride + j].
   void (*combine_rows)(int64_t rows, int64_t cols, const T* weights, const T* x, int64_t row_stride,
                        T* to);

@@ -624,6 +624,45 @@ void transpose_block(int64_t rows, int64_t cols, const T* from, int64_t from_str
   }
 }
 
+inline float square_root(float x) { return __builtin_sqrtf(x); }
+inline double square_root(double x) { return __builtin_sqrt(x); }
+
+// Entries are picked by selections: a store to a single one would hold up the next load of its
+// vector.
+template <class T, int V>
+int64_t factor(T* a, int64_t ld) {
+  using Lane = typename Integer<sizeof(T)>::Type;
+  using Index = Vector<Lane, V>;
+  constexpr int kParts = kFactorRows / V;
+  const Vector<T, V> zero = {}, one = zero + T(1);
+  Index lane[kParts];
+  for (int64_t j = 0; j < kFactorRows; ++j) lane[j / V][j % V] = j;
+  for (int64_t k = 0; k < kFactorRows; ++k) {
+    T* const row = a + k * ld;
+    const T pivot = row[k];
+    if (!(pivot > T(0))) return k + 1;
+    const T root = square_root(pivot);
+    // p = [row k so far | 1 | rest of row k] / sqrt(pivot)
+    alignas(64) T p[kFactorRows];
+    Vector<T, V> part[kParts];
+    const Lane pick = static_cast<Lane>(k);
+    for (int v = 0; v < kParts; ++v) {
+      part[v] = (lane[v] == pick ? one : load<T, V>(row + v * V)) / root;
+      store<T, V>(p + v * V, part[v]);
+      store<T, V>(row + v * V, lane[v] <= pick ? part[v] : zero);
+    }
+    // row i -= p_i p, with its column k starting from zero
+    for (int64_t i = k + 1; i < kFactorRows; ++i) {
+      for (int v = 0; v < kParts; ++v) {
+        T* const to = a + i * ld + v * V;
+        const Vector<T, V> start = lane[v] == pick ? zero : load<T, V>(to);
+        store<T, V>(to, start - p[i] * part[v]);
+      }
+    }
+  }
+  return 0;
+}
+
 // The tiles of 2, 4 .. MR rows and of 1 .. NV vectors.
 template <class T, int MR, int NV, int V, int BWidth>
 constexpr void fill_tiles(Tiles<T>& tiles) {
@@ -671,11 +710,9 @@ constexpr Tiles<T> make_tiles() {
 
 template <class T, int MR, int V>
 constexpr Microkernel<T> make_microkernel() {
-  Microkernel<T> kernel{make_tiles<T, MR, V>(),
-                        &transpose_block<T, V>,
-                        &dot<T, V* static_cast<int>(sizeof(T)) / 8>,
-                        &combine_rows<T, V>,
-                        {}};
+  Microkernel<T> kernel{
+      make_tiles<T, MR, V>(), &transpose_block<T, V>, &dot<T, V* static_cast<int>(sizeof(T)) / 8>,
+      &factor<T, V>,          &combine_rows<T, V>,    {}};
   if constexpr (sizeof(T) == sizeof(float)) {
     kernel.readers = {make_readers<T, V, float>(), make_readers<T, V, HalfBits>(),
                       make_readers<T, V, BFloat16Bits>()};

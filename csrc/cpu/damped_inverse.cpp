@@ -14,7 +14,6 @@
 #include <atomic>
 #include <cstdint>
 #include <limits>
-#include <string_view>
 #include <tuple>
 #include <vector>
 
@@ -31,59 +30,12 @@ namespace {
 
 using gemm_detail::divide_up;
 
-// The three instruction sets. The target attribute reaches everything inlined into a function.
-#if defined(__x86_64__)
-#define FUSED_SO_AVX512 __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")))
-#define FUSED_SO_AVX2 __attribute__((target("avx2,fma")))
-
-// 32 registers of 64 bytes: 16 sums, 2 of B, the rest hides latencies.
-template <class T>
-struct Avx512 {
-  using Body = SweepBody<T, 64, 8>;
-  FUSED_SO_AVX512 static int64_t factor(T* w, int64_t ld) { return Body::factor(w, ld); }
-  FUSED_SO_AVX512 static void multiply(const SweepStep<T>& s, int64_t q) { Body::multiply(s, q); }
-  FUSED_SO_AVX512 static void update(const SweepStep<T>& s, int64_t q) { Body::update(s, q); }
-};
-
-// 16 registers of 32 bytes: 8 sums, 2 of B, 1 of A.
-template <class T>
-struct Avx2 {
-  using Body = SweepBody<T, 32, 4>;
-  FUSED_SO_AVX2 static int64_t factor(T* w, int64_t ld) { return Body::factor(w, ld); }
-  FUSED_SO_AVX2 static void multiply(const SweepStep<T>& s, int64_t q) { Body::multiply(s, q); }
-  FUSED_SO_AVX2 static void update(const SweepStep<T>& s, int64_t q) { Body::update(s, q); }
-};
-#endif
-
-template <class T>
-struct Portable {
-  using Body = SweepBody<T, 16, 4>;
-  static int64_t factor(T* w, int64_t ld) { return Body::factor(w, ld); }
-  static void multiply(const SweepStep<T>& s, int64_t q) { Body::multiply(s, q); }
-  static void update(const SweepStep<T>& s, int64_t q) { Body::update(s, q); }
-};
-
-template <class T, template <class> class Isa>
-SweepTiles<T> tiles_of() {
-  return {Isa<T>::Body::kWidth, &Isa<T>::factor, &Isa<T>::multiply, &Isa<T>::update};
-}
-
-template <class T>
-SweepTiles<T> choose_tiles() {
-#if defined(__x86_64__)
-  const std::string_view name = microkernels().name;
-  if (name == "avx512" || name == "amx") return tiles_of<T, Avx512>();
-  if (name == "avx2") return tiles_of<T, Avx2>();
-#endif
-  return tiles_of<T, Portable>();
-}
-
 // Rows of a block: few for a small matrix, whose panel products cost d^2 block; more for a large
 // one, which every step reads and writes. At most 4 MiB of panels.
 template <class T>
 int64_t block_rows(int64_t d) {
   int64_t block = d <= 128 ? 16 : d <= 512 ? 32 : kMaxBlock;
-  while (block > kBase && block * d * int64_t{sizeof(T)} > (4 << 20)) block /= 2;
+  while (block > kFactorRows && block * d * int64_t{sizeof(T)} > (4 << 20)) block /= 2;
   return block;
 }
 
@@ -91,12 +43,12 @@ template <class T>
 class Inverter {
  public:
   explicit Inverter(int64_t d)
-      : tiles_(choose_tiles<T>()),
-        d_(d),
+      : d_(d),
         block_(block_rows<T>(d)),
         w_(block_ * block_),
-        base_(kBase * kBase),
-        block_panels_(kBase * padded_width(block_)),
+        wt_(block_ * block_),
+        base_(kFactorRows * kFactorRows),
+        block_panels_(kFactorRows * padded_width(block_)),
         panels_(block_ * padded_width(d)) {}
 
   // x: the matrix in the upper triangle; comes back as the inverse, in the lower one. Returns 0
@@ -104,22 +56,25 @@ class Inverter {
   int64_t run(T* x, Threads threads) {
     for (int64_t k0 = 0; k0 < d_; k0 += block_) {
       const int64_t k1 = std::min(d_, k0 + block_);
-      const int64_t depth = divide_up(k1 - k0, kBase) * kBase;
+      const int64_t depth = divide_up(k1 - k0, kFactorRows) * kFactorRows;
       copy_block(x, k0, k1, depth);
       if (const int64_t order = factor_block(depth)) return k0 + order;
-      apply({x, d_, k0, k1, depth, w_.data(), panels_.data(), false}, threads);
+      kernel_.transpose(depth, depth, w_.data(), depth, wt_.data(), depth);
+      apply({kernel_.tiles, x, d_, k0, k1, depth, wt_.data(), panels_.data(), false}, threads);
     }
     return 0;
   }
 
  private:
-  int64_t padded_width(int64_t n) const { return divide_up(n, tiles_.width) * tiles_.width; }
+  int64_t padded_width(int64_t n) const {
+    return divide_up(n, kernel_.tiles.nr) * kernel_.tiles.nr;
+  }
 
-  void apply(const SweepStep<T>& step, Threads threads) const {
-    const int64_t panels = divide_up(step.d, tiles_.width);
-    for_each_task(panels, threads, [&](int64_t q) { tiles_.multiply(step, q); });
+  static void apply(const SweepStep<T>& step, Threads threads) {
+    const int64_t panels = divide_up(step.d, step.tiles.nr);
+    for_each_task(panels, threads, [&](int64_t q) { multiply_panel(step, q); });
     // A thread keeps its rows from one step to the next, in its own cache.
-    for_each_task_in_shares(panels, threads, [&](int64_t q) { tiles_.update(step, q); });
+    for_each_task_in_shares(panels, threads, [&](int64_t q) { update_panel(step, q); });
   }
 
   // The block's upper triangle, padded with the identity, zeros below.
@@ -135,21 +90,22 @@ class Inverter {
   // A = L L^T in the upper triangle of w comes back as L^-1: the same sweep, without the product.
   int64_t factor_block(int64_t n) {
     T* w = w_.data();
-    if (n == kBase) return tiles_.factor(w, n);
-    for (int64_t k0 = 0; k0 < n; k0 += kBase) {
-      if (const int64_t order = tiles_.factor(w + k0 * n + k0, n)) return k0 + order;
-      for (int64_t i = 0; i < kBase; ++i) {
-        std::copy_n(w + (k0 + i) * n + k0, kBase, base_.data() + i * kBase);
-      }
-      apply({w, n, k0, k0 + kBase, kBase, base_.data(), block_panels_.data(), true}, Threads::kOne);
+    if (n == kFactorRows) return kernel_.factor(w, n);
+    for (int64_t k0 = 0; k0 < n; k0 += kFactorRows) {
+      T* const corner = w + k0 * n + k0;
+      if (const int64_t order = kernel_.factor(corner, n)) return k0 + order;
+      kernel_.transpose(kFactorRows, kFactorRows, corner, n, base_.data(), kFactorRows);
+      apply({kernel_.tiles, w, n, k0, k0 + kFactorRows, kFactorRows, base_.data(),
+             block_panels_.data(), true},
+            Threads::kOne);
     }
     for (int64_t i = 0; i < n; ++i) std::fill(w + i * n + i + 1, w + (i + 1) * n, T(0));
     return 0;
   }
 
-  SweepTiles<T> tiles_;
+  const Microkernel<T>& kernel_ = gemm_detail::microkernel<T>();
   int64_t d_, block_;
-  std::vector<T> w_, base_, block_panels_, panels_;
+  std::vector<T> w_, wt_, base_, block_panels_, panels_;
 };
 
 // to[j, i] = from[i, j] for j <= i: the lower triangle becomes the upper one, by panels of rows
