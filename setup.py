@@ -2,6 +2,9 @@
 
 FUSED_SO_CUDA=auto|0|1 (default auto) says whether csrc/cuda is compiled: auto compiles it when
 nvcc is found, 1 makes a missing nvcc an error. No GPU and no CUDA build of torch is needed.
+
+FUSED_SO_SANITIZE=0|1 (default 0): 1 compiles with AddressSanitizer and UndefinedBehaviorSanitizer,
+for tests/test_sanitizers.py. Such libraries load only where LD_PRELOAD names gcc's libasan.so.
 """
 
 import os
@@ -17,12 +20,22 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension, include_path
 FLAGS = ["-O3", "-std=c++17", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 CSRC = Path(__file__).parent.absolute() / "csrc"
 CUDA_ARCHITECTURES = ("80", "90", "100")
+# Not -O3, so that a report names the line; no vptr, which needs the types of libtorch.
+SANITIZED = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
+SANITIZED += ["-O1", "-g1", "-fno-omit-frame-pointer"]
+
+
+def chosen(name, default, choices):
+    value = os.environ.get(name, default)
+    if value not in choices:
+        raise SystemExit(
+            f"{name} must be {', '.join(choices[:-1])} or {choices[-1]}, got {value!r}"
+        )
+    return value
 
 
 def find_nvcc():
-    wanted = os.environ.get("FUSED_SO_CUDA", "auto")
-    if wanted not in ("auto", "0", "1"):
-        raise SystemExit(f"FUSED_SO_CUDA must be auto, 0 or 1, got {wanted!r}")
+    wanted = chosen("FUSED_SO_CUDA", "auto", ("auto", "0", "1"))
     home = os.environ.get("CUDA_HOME", "")
     nvcc = None if wanted == "0" else shutil.which(f"{home}/bin/nvcc") or shutil.which("nvcc")
     if wanted == "1" and nvcc is None:
@@ -30,12 +43,15 @@ def find_nvcc():
     return nvcc
 
 
-def extension(name, sources, **options):
+def extension(name, sources, link=(), **options):
+    sanitized = SANITIZED if chosen("FUSED_SO_SANITIZE", "0", ("0", "1")) == "1" else []
+    hidden = ["-fvisibility=hidden", "-fno-math-errno"]
     return CppExtension(
         f"fused_so.{name}",
         ["csrc/module.cpp", *sources],
         include_dirs=[str(CSRC)],
-        extra_compile_args=[*FLAGS, "-g0", "-fvisibility=hidden", "-fno-math-errno"],
+        extra_compile_args=[*FLAGS, "-g0", *hidden, *sanitized],
+        extra_link_args=[*link, *sanitized],
         py_limited_api=True,
         **options,
     )
@@ -87,7 +103,7 @@ extensions = [extension("_C", sorted(glob("csrc/cpu/*.cpp")))]
 if NVCC:
     cuda = ["cudart_static", "rt", "pthread", "dl"]
     keep = ["-Wl,--no-as-needed,-ltorch_cuda"]  # after the flag: only then is it kept
-    extensions.append(extension("_C_cuda", [], libraries=cuda, extra_link_args=keep))
+    extensions.append(extension("_C_cuda", [], libraries=cuda, link=keep))
 
 setup(
     ext_modules=extensions,

@@ -7,6 +7,10 @@
 #include <cstdint>
 #include <cstdlib>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace fused_so {
 
 class Scratch {
@@ -27,6 +31,12 @@ class Scratch {
       STD_TORCH_CHECK(data_ != nullptr, "fused_so: cannot allocate ", bytes, " bytes of scratch");
       size_ = bytes;
     }
+#if defined(__SANITIZE_ADDRESS__)
+    // What an earlier call asked for beyond these is not this one's.
+    __asan_unpoison_memory_region(data_, size_);
+    const size_t asked = static_cast<size_t>(count) * sizeof(T);
+    __asan_poison_memory_region(static_cast<char*>(data_) + asked, size_ - asked);
+#endif
     return static_cast<T*>(data_);
   }
 

@@ -15,6 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fused_so
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+# The names of the tests of an op that say something about its kernel's code paths.
+KERNEL_CASES = (
+    "tiles or depth or beyond or random or bit or scales or finite or no_rows or empty"
+    " or conditioned or condition_ or denormal or first_bad or definite or lower or far"
+)
 LAYOUTS = ["contiguous", "transposed", "strided", "expanded"]
 
 
@@ -139,9 +144,7 @@ def variants() -> list[str]:
 def run_file_with(variant: str, file: str) -> None:
     """Runs the tests of `file` again, in a process whose kernels are those of `variant`."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file]
-    names = "tiles or depth or beyond or random or bit or scales or finite or no_rows or empty"
-    names += " or conditioned or condition_ or denormal or first_bad or definite or lower or far"
-    command += ["-k", names]
+    command += ["-k", KERNEL_CASES]
     result = subprocess.run(
         command,
         # glibc fills new memory with ones: what a kernel forgets to write shows.
