@@ -1,7 +1,14 @@
-"""centered_grad against the centered product, and against a product corrected afterwards."""
+"""centered_grad against the centered product, and against a product corrected afterwards.
 
+row_scales against the same products with vectors in plain PyTorch.
+"""
+
+import itertools
+
+import pytest
 import torch
 
+from bench.bench_steps import WIDTHS
 from bench.measure import compare
 from fused_so import ops
 
@@ -29,4 +36,33 @@ def test_centered_grad(benchmark, size):
         {"centered mm": centered, "mm, addr": corrected},
         flops=2 * n * out * width,
         bytes=4 * (n * out + n * width + out * width),
+    )
+
+
+@pytest.mark.parametrize("n", [128, 1024])
+def test_row_scales(benchmark, n):
+    layers = []
+    for width, out in itertools.pairwise(WIDTHS):
+        g, h = torch.randn(n, out), torch.randn(n, width)
+        layers.append((g, h, g.T @ h, g.sum(0), torch.randn(out)))
+    lists = [list(side) for side in zip(*layers, strict=True)]
+
+    def plain():
+        results = []
+        for g, h, weight, bias, u in layers:
+            w = g @ u
+            found = torch.cat([u @ weight, (u @ bias)[None]])
+            expected = torch.cat([w @ h, w.sum()[None]])
+            scale = found @ expected / expected.square().sum()
+            results.append((scale, (found - scale * expected).norm(), expected.norm(), w.norm()))
+        return results
+
+    entries = sum(weight.numel() + g.numel() + h.numel() for g, h, weight, _, _ in layers)
+    compare(
+        benchmark,
+        f"row_scales autoencoder, n {n}",
+        lambda: ops.row_scales(*lists),
+        {"mv": plain},
+        flops=2 * entries,
+        bytes=4 * entries,
     )

@@ -1,8 +1,11 @@
-"""precondition against the same products in plain PyTorch."""
+"""precondition against the same products in plain PyTorch, and inner_products against dots."""
+
+import itertools
 
 import pytest
 import torch
 
+from bench.bench_steps import WIDTHS
 from bench.measure import compare
 from fused_so import ops
 
@@ -69,4 +72,22 @@ def test_precondition_of_layers(benchmark, size):
         {"addr, mm": plain, "one by one": one_by_one},
         flops=LAYERS * 2 * out * width * width,
         bytes=LAYERS * 4 * (2 * out * width + width * width),
+    )
+
+
+def test_inner_products(benchmark):
+    shapes = [s for width, out in itertools.pairwise(WIDTHS) for s in ((out, width), (out,))]
+    x, y = ([torch.randn(shape) for shape in shapes] for _ in range(2))
+
+    def plain():
+        return torch.stack([torch.dot(a.view(-1), b.view(-1)) for a, b in zip(x, y, strict=True)])
+
+    entries = sum(a.numel() for a in x)
+    compare(
+        benchmark,
+        "inner_products autoencoder",
+        lambda: ops.inner_products(x, y),
+        {"dot": plain},
+        flops=2 * entries,
+        bytes=8 * entries,
     )

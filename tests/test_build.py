@@ -253,3 +253,9 @@ def test_setup_refuses_an_unknown_choice():
     run = run_setup(FUSED_SO_CUDA="maybe")
     assert run.returncode != 0
     assert "FUSED_SO_CUDA must be auto, 0 or 1, got 'maybe'" in run.stderr
+
+
+def test_setup_refuses_an_unknown_choice_of_sanitizers():
+    run = run_setup(FUSED_SO_SANITIZE="yes", FUSED_SO_CUDA="0")
+    assert run.returncode != 0
+    assert "FUSED_SO_SANITIZE must be 0 or 1, got 'yes'" in run.stderr

@@ -33,6 +33,15 @@ CALLS = {
         " ((2500, 1500), 2500, 1500, (1500, 1500), (2500, 2500)));"
         "call = lambda: ops.precondition(w, b, m, a, output_inverse=o)"
     ),
+    "inner_products": (
+        "x, y = ([torch.randn(2000, 2000) for _ in range(2)] for _ in range(2));"
+        "call = lambda: ops.inner_products(x, y)"
+    ),
+    "row_scales": (
+        "g, h, w, b, u = ([torch.randn(s) for _ in range(8)] for s in"
+        " ((500, 1500), (500, 1200), (1500, 1200), 1500, 1500));"
+        "call = lambda: ops.row_scales(g, h, w, b, u)"
+    ),
     "damped_inverse": (
         "a = torch.eye(1500) + torch.ones(1500, 1500); call = lambda: ops.damped_inverse(a, 0.1)"
     ),

@@ -10,11 +10,15 @@
 #include <algorithm>
 #include <cstdint>
 #include <tuple>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "common/allocate.h"
 #include "common/column_sums.h"
 #include "common/gemm.h"
+#include "common/lists.h"
+#include "common/row_scales.h"
 
 namespace fused_so {
 namespace {
@@ -120,8 +124,50 @@ std::tuple<Tensor, Tensor, Tensor> centered_grad(Tensor g, Tensor h, bool center
   return {grad_weight, grad_bias, mean};
 }
 
+// See common/row_scales.h.
+Tensor row_scales(std::vector<Tensor> g, std::vector<Tensor> h, std::vector<Tensor> grad_weight,
+                  std::vector<Tensor> grad_bias, std::vector<Tensor> probes, bool common) {
+  check_entries("row_scales", "h", h, g.size());
+  check_entries("row_scales", "grad_weight", grad_weight, g.size());
+  check_entries("row_scales", "grad_bias", grad_bias, g.size());
+  check_entries("row_scales", "probes", probes, g.size());
+  const int64_t count = static_cast<int64_t>(g.size());
+  Tensor scales = empty_on_cpu({count}, ScalarType::Double);
+  if (count == 0) return scales;
+  const auto rows_in_one_piece = [](Tensor& t) {
+    if (t.stride(-1) != 1) t = torch::stable::contiguous(t);
+  };
+  with_type(g[0].scalar_type(), [&](auto tag) {
+    using S = typename decltype(tag)::type;
+    if constexpr (std::is_same_v<S, Accumulate<S>>) {
+      std::vector<Probed<S>> layers;
+      for (int64_t l = 0; l < count; ++l) {
+        for (Tensor* t : {&g[l], &h[l], &grad_weight[l], &grad_bias[l], &probes[l]}) {
+          rows_in_one_piece(*t);
+        }
+        Probed<S> layer{view<S>(g[l]), view<S>(h[l]), view<S>(grad_weight[l]), read<S>(probes[l])};
+        layer.found.resize(layer.h.cols);
+        layer.expected.resize(layer.h.cols);
+        layer.has_bias = grad_bias[l].numel() != 0;
+        if (layer.has_bias) {
+          layer.bias_found = gemm_detail::microkernel<S>().dot(grad_bias[l].numel(),
+                                                               read<S>(grad_bias[l]), 1, layer.u);
+        }
+        layers.push_back(std::move(layer));
+      }
+      find_row_scales(layers, common, write<double>(scales));
+    } else {
+      STD_TORCH_CHECK(false, "row_scales: g must be float32 or float64");
+    }
+  });
+  return scales;
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fused_so, CPU, m) { m.impl("centered_grad", TORCH_BOX(&centered_grad)); }
+STABLE_TORCH_LIBRARY_IMPL(fused_so, CPU, m) {
+  m.impl("centered_grad", TORCH_BOX(&centered_grad));
+  m.impl("row_scales", TORCH_BOX(&row_scales));
+}
 
 }  // namespace fused_so

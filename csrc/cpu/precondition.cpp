@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <optional>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "common/allocate.h"
@@ -133,9 +134,53 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> precondition_list(
   return {dws, dbs};
 }
 
+// The sums of x_i y_i of every pair of tensors, in float64 and one parallel region. Both are read
+// once, which binds.
+Tensor inner_products(std::vector<Tensor> x, std::vector<Tensor> y) {
+  check_entries("inner_products", "y", y, x.size());
+  constexpr int64_t kEntries = 1 << 16;
+  struct Part {
+    size_t pair;
+    int64_t first, count;
+    double sum;
+  };
+  std::vector<Part> parts;
+  int64_t entries = 0;
+  for (size_t i = 0; i < x.size(); ++i) {
+    const ScalarType type = x[i].scalar_type();
+    STD_TORCH_CHECK(type == accumulate_type(type), "inner_products: x must be float32 or float64");
+    for (Tensor* t : {&x[i], &y[i]}) {
+      if (!t->is_contiguous()) *t = torch::stable::contiguous(*t);
+    }
+    const int64_t total = x[i].numel();
+    entries += total;
+    for (int64_t first = 0; first < total; first += kEntries) {
+      parts.push_back({i, first, std::min(kEntries, total - first), 0.0});
+    }
+  }
+  const auto add = [&](int64_t p) {
+    Part& part = parts[p];
+    with_type(x[part.pair].scalar_type(), [&](auto tag) {
+      using S = typename decltype(tag)::type;
+      if constexpr (std::is_same_v<S, Accumulate<S>>) {
+        part.sum = gemm_detail::microkernel<S>().dot(part.count, read<S>(x[part.pair]) + part.first,
+                                                     1, read<S>(y[part.pair]) + part.first);
+      }
+    });
+  };
+  // Waking the threads costs more than two parts.
+  for_each_task(static_cast<int64_t>(parts.size()),
+                entries > 2 * kEntries ? Threads::kAll : Threads::kOne, add);
+  Tensor sums = empty_on_cpu({static_cast<int64_t>(x.size())}, ScalarType::Double);
+  std::fill_n(write<double>(sums), x.size(), 0.0);
+  for (const Part& part : parts) write<double>(sums)[part.pair] += part.sum;
+  return sums;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fused_so, CPU, m) {
+  m.impl("inner_products", TORCH_BOX(&inner_products));
   m.impl("precondition", TORCH_BOX(&precondition));
   m.impl("precondition_list", TORCH_BOX(&precondition_list));
 }

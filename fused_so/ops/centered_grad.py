@@ -1,12 +1,19 @@
-"""Weight gradient of a linear layer with its input centered, and both column statistics."""
+"""Weight gradient of a linear layer with its input centered, and both column statistics.
+
+And whether a layer's gradient is such a sum over examples at all.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from fused_so import reference
 from fused_so._dtypes import accumulate_dtype
 from fused_so.ops import _check
+from fused_so.ops._layers import lists_of_layers
 from fused_so.ops._registry import define
 
 
@@ -58,4 +65,87 @@ _centered_grad = define(
     stem="centered_grad",
     reference=reference.centered_grad,
     fake=_fake,
+)
+
+
+def row_scales(
+    g: Sequence[Tensor],
+    h: Sequence[Tensor],
+    grad_weight: Sequence[Tensor],
+    grad_bias: Sequence[Tensor | None],
+    probes: Sequence[Tensor],
+    *,
+    common: bool = False,
+) -> Tensor:
+    r"""c where a layer's gradients are c times the sums of its examples', else NaN.
+
+    .. math:: \nabla_W = c \sum_i g_i h_i^T, \qquad \nabla_b = c \sum_i g_i
+
+    A loss may use a weight in other ways, and gradients may have been clipped (c) or changed. Both
+    sides are multiplied by one vector u from the left; they agree if they do so but for rounding,
+    weight and bias each by itself, as inputs far from 1 make one of them far larger.
+
+    Args:
+        g: a list of (n, out), gradients with respect to each layer's output.
+        h: (n, in), the layers' inputs. grad_weight: (out, in).
+        grad_bias: (out,), or None for a layer without bias.
+        probes: u (out,), any vectors without zeros; best random.
+        All float32 or all float64, on one device.
+        common: whether c must be one number for all layers.
+
+    Returns:
+        (layers,), float64.
+
+    Raises:
+        TypeError, ValueError: an argument breaks a rule above.
+
+    Source: Freivalds 1977, a product of matrices verified by products with a vector. Not
+    differentiable.
+    """
+    lists = lists_of_layers(g=g, h=h, grad_weight=grad_weight, grad_bias=grad_bias, probes=probes)
+    _check.boolean("common", common)
+    for i, layer in enumerate(zip(*lists.values(), strict=True)):
+        _check_rows(i, lists["g"][0], *layer)
+    if not lists["g"]:
+        return torch.zeros(0, dtype=torch.float64)
+    for i, bias in enumerate(lists["grad_bias"]):
+        if bias is None:
+            lists["grad_bias"][i] = lists["g"][i].new_zeros(0)
+    return _row_scales(*lists.values(), common=common)
+
+
+def _check_rows(i, first, g, h, grad_weight, grad_bias, probe):
+    """Raises if what is given of layer i does not fit together, or not with the `first` g."""
+    _check.shape(f"g[{i}]", g, ("n", "out"))
+    n, out = g.shape
+    if g.dtype != accumulate_dtype(g.dtype):
+        raise TypeError(f"g[{i}] must be float32 or float64, got {g.dtype}")
+    _check.shape(f"h[{i}]", h, (n, "in"))
+    others = [
+        (f"grad_weight[{i}]", grad_weight, (out, h.shape[1])),
+        (f"probes[{i}]", probe, (out,)),
+    ]
+    if grad_bias is not None:
+        others.append((f"grad_bias[{i}]", grad_bias, (out,)))
+    for name, value, shape in others:
+        _check.shape(name, value, shape)
+    for name, value in (
+        (f"g[{i}]", g),
+        (f"h[{i}]", h),
+        *((name, value) for name, value, _ in others),
+    ):
+        _check.same_dtype(name, value, "g[0]", first)
+        _check.same_device(name, value, "g[0]", first)
+
+
+def _fake_row_scales(g, h, grad_weight, grad_bias, probes, *, common=False):
+    return g[0].new_empty(len(g), dtype=torch.float64)
+
+
+_row_scales = define(
+    "row_scales(Tensor[] g, Tensor[] h, Tensor[] grad_weight, Tensor[] grad_bias, Tensor[] probes,"
+    " *, bool common=False) -> Tensor",
+    stem="centered_grad",
+    reference=reference.row_scales,
+    fake=_fake_row_scales,
 )

@@ -1,4 +1,4 @@
-"""The Kronecker-factored step of a linear layer from its ordinary gradient."""
+"""The Kronecker-factored step of a linear layer from its ordinary gradient, and its length."""
 
 from __future__ import annotations
 
@@ -191,4 +191,50 @@ _precondition_list = define(
     stem="precondition",
     reference=reference.precondition,
     fake=_fake_list,
+)
+
+
+def inner_products(x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
+    r"""The inner product of every two tensors of the lists, entry by entry.
+
+    .. math:: \sum_j x_j y_j
+
+    Of steps Delta = F^-1 g and gradients g they are the squared lengths Delta^T F Delta in the
+    metric F, without a product with F.
+
+    Args:
+        x: k tensors, float32 or float64.
+        y: k tensors of the same shapes, dtypes and devices, all on one device.
+
+    Returns:
+        (k,), float64; products are taken in float64 on a CPU, in the dtype elsewhere.
+
+    Raises:
+        TypeError, ValueError: an argument breaks a rule above.
+
+    Source: Ba, Grosse and Martens 2017, section 5 (the squared Fisher norm of an update). Not
+    differentiable.
+    """
+    lists = lists_of_layers(x=x, y=y)
+    x, y = lists["x"], lists["y"]
+    for i, (a, b) in enumerate(zip(x, y, strict=True)):
+        _check.floating(f"x[{i}]", a)
+        if a.dtype != accumulate_dtype(a.dtype):
+            raise TypeError(f"x[{i}] must be float32 or float64, got {a.dtype}")
+        _check.shape(f"y[{i}]", b, tuple(a.shape))
+        _check.same_dtype(f"y[{i}]", b, f"x[{i}]", a)
+        _check.same_device(f"x[{i}]", a, "x[0]", x[0])
+        _check.same_device(f"y[{i}]", b, f"x[{i}]", a)
+    return _inner_products(x, y) if x else torch.zeros(0, dtype=torch.float64)
+
+
+def _fake_inner_products(x, y):
+    return x[0].new_empty(len(x), dtype=torch.float64)
+
+
+_inner_products = define(
+    "inner_products(Tensor[] x, Tensor[] y) -> Tensor",
+    stem="precondition",
+    reference=reference.inner_products,
+    fake=_fake_inner_products,
 )

@@ -299,26 +299,33 @@ class ModelOptimizer(torch.optim.Optimizer):
 
 
 def squared_norm(updates: list[Update]) -> Tensor:
-    """sum Delta^T (F / alpha) Delta, in float64 from products in the accumulate dtype.
+    """sum Delta^T (F / alpha) Delta, in float64.
 
     Delta = F^-1 g, so that this is Delta^T g / alpha, without a product with F.
     """
-    devices: dict[torch.device, tuple[list[Tensor], list[Tensor | float]]] = {}
+    devices: dict[torch.device, tuple[list, list, list]] = {}
     for param, delta, alpha, grad in updates:
-        grad = accumulate(param.grad if grad is None else grad).reshape(-1)
-        dots, alphas = devices.setdefault(grad.device, ([], []))
-        dots.append(torch.dot(accumulate(delta).reshape(-1), grad))
-        alphas.append(alpha)
-    first, *others = (_quotients(*here).sum(dtype=torch.float64) for here in devices.values())
+        grad = accumulate(param.grad if grad is None else grad)
+        here = devices.setdefault(grad.device, ([], [], []))
+        for entries, entry in zip(here, (accumulate(delta), grad, alpha), strict=True):
+            entries.append(entry)
+    first, *others = (
+        _quotients(ops.inner_products(deltas, grads), alphas).sum()
+        for deltas, grads, alphas in devices.values()
+    )
     return sum((other.to(first.device) for other in others), first)
 
 
-def _quotients(values: list[Tensor], alphas: list[Tensor | float]) -> Tensor:
-    """values / alphas, stacked: one division where all alphas are tensors, none by the number 1."""
-    if all([isinstance(alpha, Tensor) for alpha in alphas]):
-        return torch.stack(values) / torch.stack(alphas)
-    pairs = zip(values, alphas, strict=True)
-    return torch.stack([x / a if isinstance(a, Tensor) or a != 1 else x for x, a in pairs])
+def _quotients(values: Tensor, alphas: list[Tensor | float]) -> Tensor:
+    """values / alphas, entry by entry; no division by the number 1 alone."""
+    numbers = [alpha for alpha in alphas if not isinstance(alpha, Tensor)]
+    if numbers == [1] * len(alphas):
+        return values
+    if numbers:
+        alphas = [
+            a.to(values.dtype) if isinstance(a, Tensor) else values.new_full((), a) for a in alphas
+        ]
+    return values / torch.stack(alphas)
 
 
 def _by_kind(updates: list[Update]) -> list[list[Update]]:

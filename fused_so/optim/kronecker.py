@@ -86,8 +86,7 @@ class KroneckerOptimizer(FactorOptimizer):
     def precondition(self, layers: list[Layer]) -> dict[Layer, tuple[Tensor, Tensor]]:
         """The updates of weight and bias of those layers that have an inverse."""
         layers = [layer for layer in layers if layer.inverted]
-        rows = self.gradient_rows(layers)
-        updates = {layer: self._from_rows(layer, *of) for layer, of in rows.items()}
+        updates = self._from_rows(self.gradient_rows(layers))
         others = [layer for layer in layers if layer not in updates]
         states = [layer.state for layer in others]
         gradients = [self.gradients(layer) for layer in others]
@@ -105,21 +104,36 @@ class KroneckerOptimizer(FactorOptimizer):
         return updates | dict(zip(others, zip(*steps, strict=True), strict=True))
 
     def _from_rows(
-        self, layer: Layer, h: Tensor, g: Tensor, scale: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        state, output_inverse = layer.state, layer.state.get("output_inverse")
-        # The same in fewer operations: dW = Go g^T Z and db = Go g^T r, with
-        # Z = c/alpha (h - 1 m^T) A and r = c/alpha 1 - Z m.
-        moves_bias = layer.bias is not None and layer.bias.grad is not None
-        ones = h.new_full((len(h),), float(moves_bias))
-        alpha = self.gradient_scale(layer) / scale
-        z, r = ops.precondition(h, ones, self.mean(layer), state["inverse"], alpha=alpha)
-        if output_inverse is None:
-            return outer_sum(g, z)[0], g.T @ r
-        if len(h) < z.shape[1]:  # Go g^T takes less than Go dW
-            g = rows_times(g, output_inverse)
-            return outer_sum(g, z)[0], g.T @ r
-        return product(output_inverse, outer_sum(g, z)[0]), output_inverse @ (g.T @ r)
+        self, rows: dict[Layer, tuple[Tensor, Tensor, Tensor]]
+    ) -> dict[Layer, tuple[Tensor, Tensor]]:
+        """The same in fewer operations, from h, g and c of the layers.
+
+        dW = Go g^T Z and db = Go g^T r, with Z = c/alpha (h - 1 m^T) A and r = c/alpha 1 - Z m.
+        """
+        if not rows:
+            return {}
+        ones = [
+            h.new_full((len(h),), float(layer.bias is not None and layer.bias.grad is not None))
+            for layer, (h, _, _) in rows.items()
+        ]
+        zs, rs = ops.precondition(
+            [h for h, _, _ in rows.values()],
+            ones,
+            [self.mean(layer) for layer in rows],
+            [layer.state["inverse"] for layer in rows],
+            alpha=[self.gradient_scale(layer) / scale for layer, (_, _, scale) in rows.items()],
+        )
+        updates = {}
+        for (layer, (_, g, _)), z, r in zip(rows.items(), zs, rs, strict=True):
+            output_inverse = layer.state.get("output_inverse")
+            if output_inverse is not None and len(g) < z.shape[1]:
+                # Go g^T takes less than Go dW
+                g, output_inverse = rows_times(g, output_inverse), None
+            dw, db = outer_sum(g, z)[0], g.T @ r
+            if output_inverse is not None:
+                dw, db = product(output_inverse, dw), output_inverse @ db
+            updates[layer] = dw, db
+        return updates
 
     def gradient_scale(self, layer: Layer) -> Tensor | float:
         """alpha, by which the preconditioned gradient is divided."""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
+from fused_so import ops
 from fused_so._dtypes import accumulate
 from fused_so.optim.layers import probe
-from fused_so.optim.products import outer_sum, vector_times
+from fused_so.optim.products import outer_sum
 
 
 class Rows(NamedTuple):
@@ -58,78 +59,27 @@ def common_scale(layers: Sequence[Rows]) -> Tensor | None:
 
     Waits for the device.
     """
-    weight, bias = _probed(layers)
-    if weight.expected.numel() == 1 and layers[0].grad_bias is None:
+    first = layers[0]
+    if len(layers) == 1 and first.h.shape[1] == 1 and first.grad_bias is None:
         return None  # one number is a multiple of any other
-    scale = (weight.product() + bias.product()).sum() / (weight.square() + bias.square()).sum()
-    return scale if all(_agree(layers, weight, bias, scale)) else None
+    scales = _scales(layers, common=True)
+    return None if None in scales else scales[0]
 
 
 def layer_scales(layers: Sequence[Rows]) -> list[Tensor | None]:
     """The same for each layer by itself, all of them with more than one input or a bias."""
-    weight, bias = _probed(layers)
-    scales = (weight.product() + bias.product()) / (weight.square() + bias.square())
-    agree = _agree(layers, weight, bias, scales)
-    return [scale if yes else None for scale, yes in zip(scales.unbind(), agree, strict=True)]
+    return _scales(layers, common=False)
 
 
-class _Probed(NamedTuple):
-    """A random vector u times a part of b, and times the same of sum_i g_i (h_i, 1)^T.
-
-    A loss may use a weight in other ways, and gradients may have been clipped (c) or changed.
-    """
-
-    found: Tensor  # (layers, inputs or 1)
-    expected: Tensor
-    size: Tensor  # (layers,), that of the terms of `expected` if they do not cancel
-
-    def product(self) -> Tensor:
-        return (self.found * self.expected).sum(1)
-
-    def square(self) -> Tensor:
-        return self.expected.square().sum(1)
-
-    def errors(self, scales: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(self.found - scales[..., None] * self.expected, dim=1)
-
-
-def _probed(layers: Sequence[Rows]) -> tuple[_Probed, _Probed]:
-    """That of the weights, and that of the biases, 0 where there is none."""
-    weights, found, expected, bias_found, bias_expected = [], [], [], [], []
-    for g, h, grad_weight, grad_bias in layers:
-        g, h = accumulate(g), accumulate(h)
-        u = probe(g.shape[1], g.dtype, g.device)
-        w = g @ u
-        # u^T B and sum_i (u^T g_i) (h_i, 1)
-        weights.append(w)
-        found.append(vector_times(u, accumulate(grad_weight)))
-        expected.append(w @ h)
-        zero = w.new_zeros(1)
-        bias_found.append(zero if grad_bias is None else (u @ accumulate(grad_bias))[None])
-        bias_expected.append(zero if grad_bias is None else w.sum()[None])
-    expected = pad_sequence(expected, True)
-    size, bias_size = torch.linalg.vector_norm(expected, dim=1), torch._foreach_norm(weights)
-    return (
-        _Probed(pad_sequence(found, True), expected, size),
-        _Probed(*(torch.stack(x) for x in (bias_found, bias_expected)), torch.stack(bias_size)),
+def _scales(layers: Sequence[Rows], *, common: bool) -> list[Tensor | None]:
+    g, h, grad_weight, grad_bias = (
+        [x if x is None else accumulate(x) for x in side] for side in zip(*layers, strict=True)
     )
-
-
-def _agree(layers: Sequence[Rows], weight: _Probed, bias: _Probed, scales: Tensor) -> list[bool]:
-    """Whether what was found is scales times what is expected, but for rounding, in each layer.
-
-    Weight and bias each by itself: inputs far from 1 make one of them far larger.
-    """
-    errors = torch.stack([weight.errors(scales), bias.errors(scales)])
-    unit = 8 * torch.finfo(errors.dtype).eps * scales.abs()
-    agree = (errors <= unit * torch.stack([weight.size, bias.size])).all(0).tolist()
-    if all(agree):
-        return agree
-    # Sums that nearly cancel are less than their rounding. |g| |(h, 1)| is not, but takes a pass.
-    rows = torch.stack(torch._foreach_norm([accumulate(layer.h) for layer in layers]))
-    ones = rows.new_tensor([len(layer.h) for layer in layers]).sqrt()
-    sizes = torch.stack(torch._foreach_norm([accumulate(layer.g) for layer in layers]))
-    return (errors <= unit * sizes * torch.stack([rows, ones])).all(0).tolist()
+    probes = [probe(x.shape[1], x.dtype, x.device) for x in g]
+    scales = ops.row_scales(g, h, grad_weight, grad_bias, probes, common=common)
+    known = [not math.isnan(scale) for scale in scales.tolist()]
+    scales = scales.to(g[0].dtype).unbind()
+    return [scale if yes else None for scale, yes in zip(scales, known, strict=True)]
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:

@@ -41,3 +41,8 @@ def precondition(
     if alpha is not None:
         dw, db = dw / alpha, db / alpha
     return dw, db - dw @ mean
+
+
+def inner_products(x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
+    pairs = zip(x, y, strict=True)
+    return torch.stack([torch.dot(a.reshape(-1), b.reshape(-1)).double() for a, b in pairs])

@@ -176,3 +176,174 @@ def test_compile_fullgraph():
 def test_bad_input(change, error, message):
     with pytest.raises(error, match=message):
         ops.centered_grad(**{"g": torch.ones(6, 2), "h": torch.ones(6, 3)} | change)
+
+
+# row_scales: whether gradients are multiples of the sums of their rows.
+
+C = -0.25
+
+
+def rows_and_gradients(n, out, width, *, dtype=torch.float32, bias=True, seed=0, scale=1.0):
+    """g, h, c g^T h, c times the sum of g's rows, and a probe."""
+    generator = torch.Generator().manual_seed(seed)
+    g, h, u = (torch.randn(*s, generator=generator) for s in ((n, out), (n, width), (out,)))
+    g, h, u = (scale * g).to(dtype), h.to(dtype), u.to(dtype)
+    weight = (C * (g.double().T @ h.double())).to(dtype)
+    return g, h, weight, (C * g.double().sum(0)).to(dtype) if bias else None, u
+
+
+def lists_of(*layers):
+    return [list(side) for side in zip(*layers, strict=True)]
+
+
+# Around the rows that one task takes, those added up in one go, and the width of vectors.
+ROWS = [(1, 1, 2), (5, 16, 17), (64, 65, 33), (129, 63, 31), (130, 15, 1), (70, 1100, 300)]
+
+
+@pytest.mark.parametrize("common", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e15])
+def test_scales_of_random_rows_of_any_size(dtype, common, scale):
+    layers = [
+        rows_and_gradients(*size, dtype=dtype, bias=i % 2 == 0, seed=i, scale=scale)
+        for i, size in enumerate(ROWS)
+    ]
+    scales = ops.row_scales(*lists_of(*layers), common=common)
+    assert scales.dtype == torch.float64
+    expected = torch.full((len(ROWS),), C, dtype=torch.float64)
+    torch.testing.assert_close(scales, expected, rtol=100 * torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("common", [True, False])
+@pytest.mark.parametrize("changed", range(len(ROWS)))
+@pytest.mark.parametrize("of", ["weight", "bias"])
+def test_one_changed_entry_of_random_gradients_beyond_any_tile_is_seen(of, changed, common):
+    layers = [rows_and_gradients(*size, seed=i) for i, size in enumerate(ROWS)]
+    gradient = layers[changed][2 if of == "weight" else 3]
+    gradient.view(-1)[-1] += 0.01 * gradient.abs().max()
+    known = ops.row_scales(*lists_of(*layers), common=common).isnan().logical_not()
+    assert not known[changed]
+    if not common:
+        assert known.sum() == len(ROWS) - 1
+
+
+def test_one_scale_of_all_random_layers_is_not_several():
+    layers = [rows_and_gradients(*size, seed=i) for i, size in enumerate(ROWS)]
+    for gradient in layers[2][2:4]:
+        gradient.mul_(2)
+    own = ops.row_scales(*lists_of(*layers))
+    torch.testing.assert_close(own[2].item(), 2 * C, rtol=1e-5, atol=0)
+    # The rows of other layers hold nothing against theirs.
+    assert ops.row_scales(*lists_of(*layers), common=True).isnan().any()
+
+
+@pytest.mark.parametrize("layout", budget.LAYOUTS)
+def test_scales_of_random_rows_in_any_layout(layout):
+    g, h, u = (
+        budget.random_matrix(rows, cols, torch.float32, seed=seed, layout=layout)
+        for seed, (rows, cols) in enumerate(((40, 30), (40, 20), (2, 30)))
+    )
+    weight, bias = g.T @ h, g.sum(0)
+    weight = weight.T.contiguous().T if layout == "transposed" else weight
+    (scale,) = ops.row_scales([g], [h], [weight], [bias], [u[0]])
+    torch.testing.assert_close(scale.item(), 1.0, rtol=1e-5, atol=0)
+
+
+def test_no_rows_have_no_scale():
+    g, h, weight, bias, u = rows_and_gradients(0, 5, 4)
+    assert ops.row_scales([g], [h], [weight], [bias], [u]).isnan().all()
+    empty = ops.row_scales([], [], [], [], [])
+    assert empty.shape == (0,)
+    assert empty.dtype == torch.float64
+
+
+@budget.needs_kernel
+@pytest.mark.parametrize("common", [True, False])
+def test_scales_of_random_rows_do_not_change_a_bit_with_the_threads(common):
+    layers = [rows_and_gradients(*size, seed=i) for i, size in enumerate(ROWS)]
+    lists = lists_of(*layers)
+    budget.assert_threads_do_not_change_a_bit(lambda: [ops.row_scales(*lists, common=common)])
+
+
+@budget.needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("cancel", [1.0, 1e-5])
+def test_the_kernel_finds_what_the_reference_finds_of_random_rows(cancel, dtype):
+    layers = []
+    for i, size in enumerate(ROWS):
+        g, h, weight, bias, u = rows_and_gradients(*size, dtype=dtype, seed=i)
+        # The second half takes back the first but for `cancel`, and rounding must not count.
+        g, h = torch.cat([g, (cancel - 1) * g]), torch.cat([h, h])
+        weight, bias = g.T @ h, g.sum(0)
+        if i == 3 and cancel == 1:
+            weight[0, 0] += 0.1 * weight.abs().max()
+        layers.append((g, h, weight, bias, u))
+    lists = lists_of(*layers)
+    got, expected = ops.row_scales(*lists), reference.row_scales(*lists)
+    rounding = torch.finfo(dtype).eps / cancel
+    torch.testing.assert_close(got, expected, rtol=100 * rounding, atol=0, equal_nan=True)
+    assert got.isnan().tolist() == [i == 3 and cancel == 1 for i in range(len(ROWS))]
+
+
+def test_opcheck_of_row_scales():
+    lists = lists_of(*(rows_and_gradients(*size) for size in ROWS[:2]))
+    torch.library.opcheck(torch.ops.fused_so.row_scales.default, lists, {"common": True})
+
+
+@budget.needs_kernel
+@pytest.mark.parametrize("short", range(5))
+def test_short_lists_of_row_scales_raise_without_the_public_checks(short):
+    lists = lists_of(*(rows_and_gradients(*size) for size in ROWS[:2]))
+    lists[short] = lists[short][:1]
+    with pytest.raises(RuntimeError, match=r"row_scales: .* must hold \d entries, got \d"):
+        torch.ops.fused_so.row_scales(*lists)
+
+
+ROW_ARGUMENTS = ("g", "h", "grad_weight", "grad_bias", "probes")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"g": None}, TypeError, "g must be a list of tensors, got NoneType"),
+        ({"h": []}, ValueError, "h must hold 1 entries, one for each of g, got 0"),
+        ({"g": [torch.ones(3)]}, ValueError, r"g\[0\] must have shape \(n, out\), got \(3,\)"),
+        ({"h": [torch.ones(2, 4)]}, ValueError, r"h\[0\] must have shape \(3, in\), got \(2, 4\)"),
+        (
+            {"grad_weight": [torch.ones(4, 2)]},
+            ValueError,
+            r"grad_weight\[0\] must have shape \(2, 4\), got \(4, 2\)",
+        ),
+        (
+            {"grad_bias": [torch.ones(3)]},
+            ValueError,
+            r"grad_bias\[0\] must have shape \(2\), got \(3,\)",
+        ),
+        (
+            {"probes": [torch.ones(1)]},
+            ValueError,
+            r"probes\[0\] must have shape \(2\), got \(1,\)",
+        ),
+        (
+            {"h": [torch.ones(3, 4, dtype=torch.float64)]},
+            TypeError,
+            r"h\[0\] must have the dtype of g\[0\], torch.float32, got torch.float64",
+        ),
+        (
+            {"g": [torch.ones(3, 2, dtype=torch.float16)]},
+            TypeError,
+            r"g\[0\] must be float32 or float64, got torch.float16",
+        ),
+        (
+            {"probes": [torch.ones(2, device="meta")]},
+            ValueError,
+            r"probes\[0\] must be on the device of g\[0\], cpu, got meta",
+        ),
+        ({"common": 1}, TypeError, "common must be True or False, got 1"),
+    ],
+)
+def test_bad_input_of_row_scales(change, error, message):
+    layer = (torch.ones(3, 2), torch.ones(3, 4), torch.ones(2, 4), None, torch.ones(2))
+    arguments = dict(zip(ROW_ARGUMENTS, lists_of(layer), strict=True)) | change
+    with pytest.raises(error, match=message):
+        ops.row_scales(**arguments)

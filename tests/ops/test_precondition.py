@@ -370,3 +370,117 @@ def test_bad_lists(change, error, message):
     } | change
     with pytest.raises(error, match=message):
         ops.precondition(**arguments)
+
+
+# inner_products: of steps and gradients, the squared lengths of the steps.
+
+# Around the entries that one task takes, and none.
+PAIRS = [(), (0,), (1,), (3, 5), (65535,), (65536,), (65537,), (300, 700), (2, 3, 4)]
+
+
+def pairs(dtype, scale=1.0):
+    generator = torch.Generator().manual_seed(0)
+    made = ([torch.randn(s, generator=generator).to(dtype) for s in PAIRS] for _ in range(2))
+    x, y = made
+    return [scale * a for a in x], y
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_inner_products_of_random_tensors(dtype, scale):
+    x, y = pairs(dtype, scale)
+    got = ops.inner_products(x, y)
+    assert got.dtype == torch.float64
+    for a, b, product in zip(x, y, got, strict=True):
+        terms = a.double() * b.double()
+        # The sum of float64 products, in which only rounding of float64 is left.
+        assert (product - terms.sum()).abs() <= 1e-14 * terms.abs().sum()
+
+
+def test_inner_products_of_random_tensors_in_any_layout():
+    x = torch.randn(40, 30)
+    y = torch.randn(30, 40).T
+    poisoned = torch.full((80, 90), torch.nan)
+    poisoned[::2, ::3] = x
+    got = ops.inner_products([x, poisoned[::2, ::3], x[:1].expand(40, 30)], [y, y, y])
+    truth = torch.stack([(x.double() * y).sum()] * 2 + [(x[0].double() * y).sum()])
+    torch.testing.assert_close(got, truth, rtol=1e-12, atol=1e-10)
+
+
+def test_inner_products_hold_what_is_not_finite():
+    x = [torch.ones(70000), torch.ones(3), torch.ones(3)]
+    x[0][-1], x[1][0] = torch.nan, torch.inf
+    assert ops.inner_products(x, [torch.ones_like(t) for t in x]).isfinite().tolist() == [
+        False,
+        False,
+        True,
+    ]
+
+
+def test_inner_products_of_no_tensors_are_empty():
+    got = ops.inner_products([], [])
+    assert got.shape == (0,)
+    assert got.dtype == torch.float64
+
+
+@budget.needs_kernel
+def test_threads_do_not_change_a_bit_of_inner_products():
+    x, y = pairs(torch.float32)
+    budget.assert_threads_do_not_change_a_bit(lambda: [ops.inner_products(x, y)])
+
+
+def test_opcheck_of_inner_products():
+    x, y = pairs(torch.float32)
+    torch.library.opcheck(torch.ops.fused_so.inner_products.default, (x, y))
+
+
+@budget.needs_kernel
+def test_inner_products_without_the_public_checks():
+    with pytest.raises(RuntimeError, match="inner_products: y must hold 1 entries, got 0"):
+        torch.ops.fused_so.inner_products([torch.ones(2)], [])
+    half = [torch.ones(2, dtype=torch.float16)]
+    with pytest.raises(RuntimeError, match="inner_products: x must be float32 or float64"):
+        torch.ops.fused_so.inner_products(half, half)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "error", "message"),
+    [
+        (torch.ones(2), [torch.ones(2)], TypeError, "x must be a list of tensors, got Tensor"),
+        ([torch.ones(2)], [], ValueError, "y must hold 1 entries, one for each of x, got 0"),
+        ([1.0], [1.0], TypeError, r"x\[0\] must be a Tensor, got float"),
+        (
+            [torch.ones(2)],
+            [torch.ones(3)],
+            ValueError,
+            r"y\[0\] must have shape \(2\), got \(3,\)",
+        ),
+        (
+            [torch.ones(2).half()],
+            [torch.ones(2).half()],
+            TypeError,
+            r"x\[0\] must be float32 or float64, got torch.float16",
+        ),
+        (
+            [torch.ones(2)],
+            [torch.ones(2).double()],
+            TypeError,
+            r"y\[0\] must have the dtype of x\[0\], torch.float32, got torch.float64",
+        ),
+        (
+            [torch.ones(2), torch.ones(2, device="meta")],
+            [torch.ones(2), torch.ones(2)],
+            ValueError,
+            r"x\[1\] must be on the device of x\[0\], cpu, got meta",
+        ),
+        (
+            [torch.ones(2)],
+            [torch.ones(2, device="meta")],
+            ValueError,
+            r"y\[0\] must be on the device of x\[0\], cpu, got meta",
+        ),
+    ],
+)
+def test_bad_input_of_inner_products(x, y, error, message):
+    with pytest.raises(error, match=message):
+        ops.inner_products(x, y)

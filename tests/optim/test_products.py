@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fused_so.optim.products import outer_sum, product, rows_times, vector_times
+from fused_so.optim.products import outer_sum, product, rows_times
 
 DOUBLE = torch.float64
 SHAPES = [(0, 3, 4), (1, 1, 1), (5, 1, 7), (33, 20, 17), (300, 129, 65)]
@@ -32,20 +32,6 @@ def test_products_are_those_of_float64(n, out, width, offset):
     matrix = matrix + matrix.T
     truth = h.double() @ matrix.double()
     close(rows_times(h, matrix), h @ matrix, truth, h.abs().double() @ matrix.abs().double())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize(("n", "width"), [(1, 1), (33, 20), (1000, 70), (317, 401), (1, 70000)])
-def test_a_vector_times_a_matrix(n, width, transposed, dtype):
-    x, matrix = torch.randn(n, dtype=dtype), torch.randn(n, width, dtype=dtype)
-    if transposed:
-        matrix = matrix.T.contiguous().T
-    before = x.clone(), matrix.clone()
-    truth = x.double() @ matrix.double()
-    close(vector_times(x, matrix), x @ matrix, truth, x.abs().double() @ matrix.abs().double())
-    assert torch.equal(x, before[0])
-    assert torch.equal(matrix, before[1])
 
 
 def test_operands_are_not_changed():

@@ -12,7 +12,6 @@ SCALES = {
     "one of all layers": lambda layers: [common_scale(layers)] * len(layers),
     "one a layer": layer_scales,
 }
-# Beyond the size from which a product with a vector takes another way.
 SIZES = [(5, 4, 3), (9, 300, 400), (64, 30, 20)]
 
 
