@@ -125,9 +125,9 @@ void find_row_scales(std::vector<Probed<T>>& layers, bool common, double* scales
   std::vector<double> all_sums(sums);
   for (ProbedPart<T>& part : parts) part.sums = all_sums.data() + (sums -= part.layer->h.cols + 2);
   // Waking the threads costs more than small layers.
-  for_each_task(static_cast<int64_t>(parts.size()),
-                entries > (1 << 16) ? Threads::kAll : Threads::kOne,
-                [&](int64_t p) { parts[p].run(); });
+  for_each_task_in_shares(static_cast<int64_t>(parts.size()),
+                          entries > (1 << 16) ? Threads::kAll : Threads::kOne,
+                          [&](int64_t p) { parts[p].run(); });
   for (const ProbedPart<T>& part : parts) {
     Probed<T>& layer = *part.layer;
     std::vector<double>& to = part.examples ? layer.expected : layer.found;

@@ -169,8 +169,8 @@ Tensor inner_products(std::vector<Tensor> x, std::vector<Tensor> y) {
     });
   };
   // Waking the threads costs more than two parts.
-  for_each_task(static_cast<int64_t>(parts.size()),
-                entries > 2 * kEntries ? Threads::kAll : Threads::kOne, add);
+  for_each_task_in_shares(static_cast<int64_t>(parts.size()),
+                          entries > 2 * kEntries ? Threads::kAll : Threads::kOne, add);
   Tensor sums = empty_on_cpu({static_cast<int64_t>(x.size())}, ScalarType::Double);
   std::fill_n(write<double>(sums), x.size(), 0.0);
   for (const Part& part : parts) write<double>(sums)[part.pair] += part.sum;

@@ -104,14 +104,27 @@ def row_scales(
     """
     lists = lists_of_layers(g=g, h=h, grad_weight=grad_weight, grad_bias=grad_bias, probes=probes)
     _check.boolean("common", common)
-    for i, layer in enumerate(zip(*lists.values(), strict=True)):
-        _check_rows(i, lists["g"][0], *layer)
-    if not lists["g"]:
+    layers = list(zip(*lists.values(), strict=True))
+    given = [x for layer in layers for x in layer if x is not None]
+    if not (_check.alike(given) and all([_fit(*layer) for layer in layers])):
+        for i, layer in enumerate(layers):
+            _check_rows(i, lists["g"][0], *layer)
+    if not layers:
         return torch.zeros(0, dtype=torch.float64)
     for i, bias in enumerate(lists["grad_bias"]):
         if bias is None:
             lists["grad_bias"][i] = lists["g"][i].new_zeros(0)
     return _row_scales(*lists.values(), common=common)
+
+
+def _fit(g, h, grad_weight, grad_bias, probe) -> bool:
+    """Whether the shapes of a layer's tensors, some of which may be None, fit together."""
+    if g is None or h is None or g.ndim != 2 or h.ndim != 2 or grad_weight is None or probe is None:
+        return False
+    (n, out), width = g.shape, h.shape[1]
+    return (h.shape[0], grad_weight.shape, probe.shape) == (n, (out, width), (out,)) and (
+        grad_bias is None or grad_bias.shape == (out,)
+    )
 
 
 def _check_rows(i, first, g, h, grad_weight, grad_bias, probe):

@@ -217,6 +217,12 @@ def inner_products(x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
     """
     lists = lists_of_layers(x=x, y=y)
     x, y = lists["x"], lists["y"]
+    if not (_check.alike([*x, *y]) and [a.shape for a in x] == [b.shape for b in y]):
+        _raise_unless_pairs(x, y)
+    return _inner_products(x, y) if x else torch.zeros(0, dtype=torch.float64)
+
+
+def _raise_unless_pairs(x: list, y: list) -> None:
     for i, (a, b) in enumerate(zip(x, y, strict=True)):
         _check.floating(f"x[{i}]", a)
         if a.dtype != accumulate_dtype(a.dtype):
@@ -225,7 +231,6 @@ def inner_products(x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
         _check.same_dtype(f"y[{i}]", b, f"x[{i}]", a)
         _check.same_device(f"x[{i}]", a, "x[0]", x[0])
         _check.same_device(f"y[{i}]", b, f"x[{i}]", a)
-    return _inner_products(x, y) if x else torch.zeros(0, dtype=torch.float64)
 
 
 def _fake_inner_products(x, y):

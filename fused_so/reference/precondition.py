@@ -45,4 +45,4 @@ def precondition(
 
 def inner_products(x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
     pairs = zip(x, y, strict=True)
-    return torch.stack([torch.dot(a.reshape(-1), b.reshape(-1)).double() for a, b in pairs])
+    return torch.stack([torch.dot(a.reshape(-1), b.reshape(-1)) for a, b in pairs]).double()
