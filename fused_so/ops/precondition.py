@@ -89,7 +89,7 @@ def _precondition_lists(grad_weight, grad_bias, mean, input_inverse, output_inve
     alphas = lists.pop("alpha", [alpha] * count)
     for i, layer in enumerate(layers):
         for name, entry in zip(arguments, layer, strict=True):
-            if name in lists:  # where None is no tensor
+            if entry is None and name in lists:  # where None is no tensor
                 _check.floating(f"{name}[{i}]", entry)
         _check_layer(f"[{i}]", *layer)
         name = "alpha" if one_alpha else f"alpha[{i}]"
