@@ -42,6 +42,11 @@ CALLS = {
         " ((500, 1500), (500, 1200), (1500, 1200), 1500, 1500));"
         "call = lambda: ops.row_scales(g, h, w, b, u)"
     ),
+    "row_scales of many layers": (
+        "g, h, w, b, u = ([torch.randn(s)] * 100 for s in"
+        " ((200, 100), (200, 3000), (100, 3000), 100, 100));"
+        "call = lambda: ops.row_scales(g, h, w, b, u)"
+    ),
     "damped_inverse": (
         "a = torch.eye(1500) + torch.ones(1500, 1500); call = lambda: ops.damped_inverse(a, 0.1)"
     ),

@@ -7,7 +7,14 @@
 #include <cstdint>
 #include <cstdlib>
 
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(__SANITIZE_ADDRESS__)  // by gcc
+#define FUSED_SO_ASAN
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)  // by clang
+#define FUSED_SO_ASAN
+#endif
+#endif
+#if defined(FUSED_SO_ASAN)
 #include <sanitizer/asan_interface.h>
 #endif
 
@@ -31,7 +38,7 @@ class Scratch {
       STD_TORCH_CHECK(data_ != nullptr, "fused_so: cannot allocate ", bytes, " bytes of scratch");
       size_ = bytes;
     }
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(FUSED_SO_ASAN)
     // What an earlier call asked for beyond these is not this one's.
     __asan_unpoison_memory_region(data_, size_);
     const size_t asked = static_cast<size_t>(count) * sizeof(T);

@@ -48,7 +48,7 @@ void multiply_panel(const SweepStep<T>& s, int64_t panel) {
     for (int64_t k = 0; k < s.depth; ++k) {
       const int64_t count = s.k0 + k < s.k1 ? columns : 0;
       T* const row = rows + k * width;
-      std::copy_n(s.x + (s.k0 + k) * s.d + j0, count, row);
+      if (count > 0) std::copy_n(s.x + (s.k0 + k) * s.d + j0, count, row);
       std::fill(row + count, row + width, T(0));
     }
     const int64_t step = gemm_detail::even_part(s.depth, s.tiles.mr, s.tiles.row_step);

@@ -3,7 +3,7 @@
 // sums, and one product that subtracts the mean while it packs h. Where it is small: parts of the
 // rows, of which each block is summed and multiplied while it is in the cache. 2 n out in
 // operations, and n (out + in) additions; n (out + in) entries read from memory twice, or once:
-// bound by arithmetic.
+// bound by arithmetic. And whether a gradient is such a sum at all: row_scales.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -11,7 +11,6 @@
 #include <cstdint>
 #include <tuple>
 #include <type_traits>
-#include <utility>
 #include <vector>
 
 #include "common/allocate.h"
@@ -134,30 +133,36 @@ Tensor row_scales(std::vector<Tensor> g, std::vector<Tensor> h, std::vector<Tens
   const int64_t count = static_cast<int64_t>(g.size());
   Tensor scales = empty_on_cpu({count}, ScalarType::Double);
   if (count == 0) return scales;
-  const auto rows_in_one_piece = [](Tensor& t) {
-    if (t.stride(-1) != 1) t = torch::stable::contiguous(t);
-  };
-  with_type(g[0].scalar_type(), [&](auto tag) {
+  const ScalarType type = g[0].scalar_type();
+  STD_TORCH_CHECK(type == accumulate_type(type), "row_scales: g must be float32 or float64");
+  // The public function has checked shapes and names the argument; nobody is to read beyond.
+  for (int64_t l = 0; l < count; ++l) {
+    const int64_t n = g[l].size(0), out = g[l].size(1), in = h[l].size(1);
+    const int64_t bias = grad_bias[l].numel();
+    STD_TORCH_CHECK(h[l].size(0) == n && grad_weight[l].size(0) == out &&
+                        grad_weight[l].size(1) == in && probes[l].numel() == out &&
+                        (bias == 0 || bias == out),
+                    "row_scales: the shapes of layer ", l, " do not fit");
+    for (Tensor* t : {&g[l], &h[l], &grad_weight[l], &grad_bias[l], &probes[l]}) {
+      STD_TORCH_CHECK(t->scalar_type() == type, "row_scales: all must have one dtype");
+      // What has gaps within its rows is copied.
+      if (t->stride(-1) != 1) *t = torch::stable::contiguous(*t);
+    }
+  }
+  with_type(type, [&](auto tag) {
     using S = typename decltype(tag)::type;
     if constexpr (std::is_same_v<S, Accumulate<S>>) {
       std::vector<Probed<S>> layers;
+      layers.reserve(count);
       for (int64_t l = 0; l < count; ++l) {
-        for (Tensor* t : {&g[l], &h[l], &grad_weight[l], &grad_bias[l], &probes[l]}) {
-          rows_in_one_piece(*t);
-        }
-        Probed<S> layer{view<S>(g[l]), view<S>(h[l]), view<S>(grad_weight[l]), read<S>(probes[l])};
-        layer.found.resize(layer.h.cols);
-        layer.expected.resize(layer.h.cols);
-        layer.has_bias = grad_bias[l].numel() != 0;
-        if (layer.has_bias) {
-          layer.bias_found = gemm_detail::microkernel<S>().dot(grad_bias[l].numel(),
-                                                               read<S>(grad_bias[l]), 1, layer.u);
-        }
-        layers.push_back(std::move(layer));
+        const bool has_bias = grad_bias[l].numel() != 0;
+        const S* const u = read<S>(probes[l]);
+        layers.push_back(
+            {view<S>(g[l]), view<S>(h[l]), view<S>(grad_weight[l]), u, has_bias,
+             has_bias ? gemm_detail::microkernel<S>().dot(g[l].size(1), read<S>(grad_bias[l]), 1, u)
+                      : 0.0});
       }
       find_row_scales(layers, common, write<double>(scales));
-    } else {
-      STD_TORCH_CHECK(false, "row_scales: g must be float32 or float64");
     }
   });
   return scales;

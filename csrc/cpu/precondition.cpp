@@ -1,7 +1,7 @@
 // The Kronecker-factored step: products that make the rank-1 correction and the conversion while
 // they pack their operand, and the scale 1/alpha while they store.
 // 2 out in (in + out) operations for both sides; bound by arithmetic, but for the pass that
-// takes dW m, of out in entries.
+// takes dW m, of out in entries. And how long such steps are: inner_products.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -135,7 +135,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> precondition_list(
 }
 
 // The sums of x_i y_i of every pair of tensors, in float64 and one parallel region. Both are read
-// once, which binds.
+// once, which binds. A pair that is not contiguous is copied, one at a time.
 Tensor inner_products(std::vector<Tensor> x, std::vector<Tensor> y) {
   check_entries("inner_products", "y", y, x.size());
   constexpr int64_t kEntries = 1 << 16;
@@ -144,37 +144,45 @@ Tensor inner_products(std::vector<Tensor> x, std::vector<Tensor> y) {
     int64_t first, count;
     double sum;
   };
+  const auto dot = [](const Tensor& a, const Tensor& b, int64_t first, int64_t count) {
+    return with_type(a.scalar_type(), [&](auto tag) {
+      using S = typename decltype(tag)::type;
+      if constexpr (std::is_same_v<S, Accumulate<S>>) {
+        return gemm_detail::microkernel<S>().dot(count, read<S>(a) + first, 1, read<S>(b) + first);
+      } else {
+        return 0.0;  // refused below
+      }
+    });
+  };
+  Tensor result = empty_on_cpu({static_cast<int64_t>(x.size())}, ScalarType::Double);
+  double* const sums = write<double>(result);
   std::vector<Part> parts;
   int64_t entries = 0;
   for (size_t i = 0; i < x.size(); ++i) {
     const ScalarType type = x[i].scalar_type();
     STD_TORCH_CHECK(type == accumulate_type(type), "inner_products: x must be float32 or float64");
-    for (Tensor* t : {&x[i], &y[i]}) {
-      if (!t->is_contiguous()) *t = torch::stable::contiguous(*t);
-    }
+    // The public function has checked the pairs and names the argument; nobody is to read beyond.
+    STD_TORCH_CHECK(y[i].scalar_type() == type && y[i].numel() == x[i].numel(),
+                    "inner_products: the tensors of pair ", i, " do not fit");
+    sums[i] = 0;
     const int64_t total = x[i].numel();
+    if (!x[i].is_contiguous() || !y[i].is_contiguous()) {
+      sums[i] = dot(torch::stable::contiguous(x[i]), torch::stable::contiguous(y[i]), 0, total);
+      continue;
+    }
     entries += total;
     for (int64_t first = 0; first < total; first += kEntries) {
       parts.push_back({i, first, std::min(kEntries, total - first), 0.0});
     }
   }
-  const auto add = [&](int64_t p) {
-    Part& part = parts[p];
-    with_type(x[part.pair].scalar_type(), [&](auto tag) {
-      using S = typename decltype(tag)::type;
-      if constexpr (std::is_same_v<S, Accumulate<S>>) {
-        part.sum = gemm_detail::microkernel<S>().dot(part.count, read<S>(x[part.pair]) + part.first,
-                                                     1, read<S>(y[part.pair]) + part.first);
-      }
-    });
-  };
   // Waking the threads costs more than two parts.
   for_each_task_in_shares(static_cast<int64_t>(parts.size()),
-                          entries > 2 * kEntries ? Threads::kAll : Threads::kOne, add);
-  Tensor sums = empty_on_cpu({static_cast<int64_t>(x.size())}, ScalarType::Double);
-  std::fill_n(write<double>(sums), x.size(), 0.0);
-  for (const Part& part : parts) write<double>(sums)[part.pair] += part.sum;
-  return sums;
+                          entries > 2 * kEntries ? Threads::kAll : Threads::kOne, [&](int64_t p) {
+                            Part& part = parts[p];
+                            part.sum = dot(x[part.pair], y[part.pair], part.first, part.count);
+                          });
+  for (const Part& part : parts) sums[part.pair] += part.sum;
+  return result;
 }
 
 }  // namespace

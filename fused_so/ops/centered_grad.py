@@ -83,14 +83,15 @@ def row_scales(
 
     A loss may use a weight in other ways, and gradients may have been clipped (c) or changed. Both
     sides are multiplied by one vector u from the left; they agree if they do so but for rounding,
-    weight and bias each by itself, as inputs far from 1 make one of them far larger.
+    weight and bias each by itself, as inputs far from 1 make one of them far larger. Of one input
+    without a bias, or of a bias alone, a number is left, which is a multiple of any other.
 
     Args:
         g: a list of (n, out), gradients with respect to each layer's output.
         h: (n, in), the layers' inputs. grad_weight: (out, in).
         grad_bias: (out,), or None for a layer without bias.
         probes: u (out,), any vectors without zeros; best random.
-        All float32 or all float64, on one device.
+        All float32 or all float64, on one device. A CPU copies what has gaps within its rows.
         common: whether c must be one number for all layers.
 
     Returns:

@@ -299,7 +299,7 @@ class ModelOptimizer(torch.optim.Optimizer):
 
 
 def squared_norm(updates: list[Update]) -> Tensor:
-    """sum Delta^T (F / alpha) Delta, in float64.
+    """sum Delta^T (F / alpha) Delta, in float64; on a GPU from products in the accumulate dtype.
 
     Delta = F^-1 g, so that this is Delta^T g / alpha, without a product with F.
     """

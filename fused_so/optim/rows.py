@@ -60,7 +60,7 @@ def common_scale(layers: Sequence[Rows]) -> Tensor | None:
     Waits for the device.
     """
     first = layers[0]
-    if len(layers) == 1 and first.h.shape[1] == 1 and first.grad_bias is None:
+    if len(layers) == 1 and first.h.shape[1] + (first.grad_bias is not None) == 1:
         return None  # one number is a multiple of any other
     scales = _scales(layers, common=True)
     return None if None in scales else scales[0]

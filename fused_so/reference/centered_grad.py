@@ -52,8 +52,9 @@ def _agrees(layer, found: Tensor, expected: Tensor, scale: Tensor) -> Tensor:
     errors = (found - scale * expected).abs()
     errors = torch.stack([errors[:-1].norm(), errors[-1]])
     unit = 8 * torch.finfo(grad_weight.dtype).eps * scale.abs()
-    g, h, root = g.double(), h.double(), len(g) ** 0.5
-    sizes = torch.stack([expected[:-1].norm(), (g @ u.double()).norm()])
-    # Sums that nearly cancel are less than their rounding; these are not.
-    largest = g.norm() * torch.stack([h.norm(), h.new_tensor(root)])
+    g, h, u = g.double(), h.double(), u.double()
+    sizes = torch.stack([expected[:-1].norm(), (g @ u).norm()])
+    # Sums that nearly cancel are less than their rounding; |u| |g| |(h, 1)| is not.
+    size = g.norm() * u.norm() / len(u) ** 0.5
+    largest = size * torch.stack([h.norm(), h.new_tensor(len(h)).sqrt()])
     return (errors <= unit * sizes).all() | (errors <= unit * largest).all()

@@ -44,5 +44,4 @@ def precondition(
 
 
 def inner_products(x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
-    pairs = zip(x, y, strict=True)
-    return torch.stack([torch.dot(a.reshape(-1), b.reshape(-1)) for a, b in pairs]).double()
+    return torch.stack([(a.double() * b.double()).sum() for a, b in zip(x, y, strict=True)])

@@ -19,6 +19,7 @@ DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 KERNEL_CASES = (
     "tiles or depth or beyond or random or bit or scales or finite or no_rows or empty"
     " or conditioned or condition_ or denormal or first_bad or definite or lower or far"
+    " or batch or mixed or strides or centering"
 )
 LAYOUTS = ["contiguous", "transposed", "strided", "expanded"]
 

@@ -197,12 +197,20 @@ def lists_of(*layers):
 
 
 # Around the rows that one task takes, those added up in one go, and the width of vectors.
-ROWS = [(1, 1, 2), (5, 16, 17), (64, 65, 33), (129, 63, 31), (130, 15, 1), (70, 1100, 300)]
+ROWS = [
+    (1, 1, 2),
+    (5, 16, 17),
+    (64, 65, 33),
+    (129, 63, 31),
+    (130, 15, 1),
+    (70, 1100, 300),
+    (1500, 20, 40),
+]
 
 
 @pytest.mark.parametrize("common", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e15])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
 def test_scales_of_random_rows_of_any_size(dtype, common, scale):
     layers = [
         rows_and_gradients(*size, dtype=dtype, bias=i % 2 == 0, seed=i, scale=scale)
@@ -245,8 +253,47 @@ def test_scales_of_random_rows_in_any_layout(layout):
     )
     weight, bias = g.T @ h, g.sum(0)
     weight = weight.T.contiguous().T if layout == "transposed" else weight
+    if layout == "strided":
+        # What lies between the entries is poison.
+        room = torch.full((60, 41), torch.nan)
+        room[::2, :20], room[::2, 40] = weight, bias
+        weight, bias = room[::2, :20], room[::2, 40]
     (scale,) = ops.row_scales([g], [h], [weight], [bias], [u[0]])
     torch.testing.assert_close(scale.item(), 1.0, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e6])
+def test_the_size_of_the_probes_of_random_rows_does_not_matter(size):
+    """Neither for sums that nearly cancel, nor for gradients that were changed."""
+    layers = []
+    for i, shape in enumerate(ROWS):
+        g, h, _, _, u = rows_and_gradients(*shape, seed=i)
+        g, h = torch.cat([g, -(1 - 1e-5) * g]), torch.cat([h, h])
+        # Another order of summation, and so another rounding.
+        order = torch.randperm(len(g))
+        layers.append((g, h, g[order].T @ h[order], g[order].sum(0), size * u))
+        g, h, weight, bias, u = rows_and_gradients(*shape, seed=i)
+        layers.append((g, h, weight + 0.1 * weight.abs().max(), bias, size * u))
+    got = ops.row_scales(*lists_of(*layers)).isnan()
+    assert got.tolist() == [False, True] * len(ROWS)
+
+
+def test_scales_of_random_rows_of_zeros_and_to_zero():
+    g, h, weight, bias, u = rows_and_gradients(9, 5, 4)
+    zeros = torch.zeros_like
+    given = (
+        (g, h, zeros(weight), zeros(bias), u),
+        (zeros(g), h, zeros(weight), zeros(bias), u),
+        (g, h, weight, bias, u),
+        (g, h[:, :0], weight[:, :0], bias, u),  # a layer of which only the bias is trained
+    )
+    own = ops.row_scales(*lists_of(*given))
+    assert own[0] == 0
+    assert own[1].isnan()
+    torch.testing.assert_close(own[2:], torch.full((2,), C).double(), rtol=1e-5, atol=0)
+    # Zeros are any multiple of zeros.
+    all_layers = ops.row_scales(*lists_of(given[1], given[2]), common=True)
+    torch.testing.assert_close(all_layers, torch.full((2,), C).double(), rtol=1e-5, atol=0)
 
 
 def test_no_rows_have_no_scale():
@@ -297,6 +344,26 @@ def test_short_lists_of_row_scales_raise_without_the_public_checks(short):
     lists[short] = lists[short][:1]
     with pytest.raises(RuntimeError, match=r"row_scales: .* must hold \d entries, got \d"):
         torch.ops.fused_so.row_scales(*lists)
+
+
+@budget.needs_kernel
+@pytest.mark.parametrize("place", range(5))
+def test_nobody_reads_beyond_random_rows_without_the_public_checks(place):
+    lists = lists_of(rows_and_gradients(5, 16, 17))
+    whole = lists[place][0]
+    lists[place] = [whole[:-1]]
+    with pytest.raises(RuntimeError, match="row_scales: the shapes of layer 0 do not fit"):
+        torch.ops.fused_so.row_scales(*lists)
+    if place > 0:
+        lists[place] = [whole.half()]
+        with pytest.raises(RuntimeError, match="row_scales: all must have one dtype"):
+            torch.ops.fused_so.row_scales(*lists)
+
+
+def test_compile_fullgraph_of_row_scales():
+    lists = lists_of(*(rows_and_gradients(*size, bias=i > 0) for i, size in enumerate(ROWS[:2])))
+    compiled = torch.compile(ops.row_scales, fullgraph=True)
+    assert torch.equal(compiled(*lists), ops.row_scales(*lists))
 
 
 ROW_ARGUMENTS = ("g", "h", "grad_weight", "grad_bias", "probes")

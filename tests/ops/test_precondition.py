@@ -407,6 +407,12 @@ def test_inner_products_of_random_tensors_in_any_layout():
     torch.testing.assert_close(got, truth, rtol=1e-12, atol=1e-10)
 
 
+def test_inner_products_of_random_tensors_of_mixed_dtypes():
+    single, double = (pairs(dtype) for dtype in (torch.float32, torch.float64))
+    mixed = ops.inner_products(single[0] + double[0], single[1] + double[1])
+    assert torch.equal(mixed, torch.cat([ops.inner_products(*single), ops.inner_products(*double)]))
+
+
 def test_inner_products_hold_what_is_not_finite():
     x = [torch.ones(70000), torch.ones(3), torch.ones(3)]
     x[0][-1], x[1][0] = torch.nan, torch.inf
@@ -441,6 +447,15 @@ def test_inner_products_without_the_public_checks():
     half = [torch.ones(2, dtype=torch.float16)]
     with pytest.raises(RuntimeError, match="inner_products: x must be float32 or float64"):
         torch.ops.fused_so.inner_products(half, half)
+    for other in (torch.ones(3), torch.ones(2).double()):
+        with pytest.raises(RuntimeError, match="inner_products: the tensors of pair 0 do not fit"):
+            torch.ops.fused_so.inner_products([torch.ones(2)], [other])
+
+
+def test_compile_fullgraph_of_inner_products():
+    x, y = pairs(torch.float32)
+    compiled = torch.compile(ops.inner_products, fullgraph=True)
+    assert torch.equal(compiled(x, y), ops.inner_products(x, y))
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,13 @@ def test_one_layer_of_one_unit_or_input(shape, bias):
     assert common_scale([layer]) is None
 
 
+def test_one_layer_of_which_only_the_bias_is_trained():
+    layer = rows(7, 5, 3)
+    layer.grad_bias[0] += 1
+    alone = layer._replace(h=layer.h[:, :0], grad_weight=layer.grad_weight[:, :0])
+    assert common_scale([alone]) is None
+
+
 @pytest.mark.parametrize("scales", SCALES)
 @pytest.mark.parametrize("value", [0.0, torch.nan])
 def test_what_says_nothing_or_is_not_finite_has_no_scale(scales, value):
