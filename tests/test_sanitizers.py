@@ -24,16 +24,17 @@ ROOT = Path(__file__).parents[1]
 COMPILER = shlex.split(os.environ.get("CXX", "g++"))
 
 
-def runtime() -> str:
-    """Where the compiler has the library that must be loaded first; else no absolute path."""
+def runtime(name: str) -> str:
+    """Where the compiler has a library of its own; else no absolute path."""
     if shutil.which(COMPILER[0]) is None:
         return ""
-    command = [*COMPILER, "-print-file-name=libasan.so"]
+    command = [*COMPILER, f"-print-file-name={name}"]
     return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
 
 pytestmark = pytest.mark.skipif(
-    not Path(runtime()).is_absolute(), reason=f"{COMPILER[0]} comes without AddressSanitizer"
+    not Path(runtime("libasan.so")).is_absolute(),
+    reason=f"{COMPILER[0]} comes without AddressSanitizer",
 )
 
 
@@ -63,7 +64,8 @@ def run_in(copy: Path, *command: str, **environment: str) -> subprocess.Complete
     environment = {
         **inherited,
         "PYTHONPATH": str(copy),
-        "LD_PRELOAD": runtime(),
+        # First; and before torch its libstdc++, where it looks for what throws.
+        "LD_PRELOAD": f"{runtime('libasan.so')} {runtime('libstdc++.so')}",
         # Python and torch keep much until the process ends.
         "ASAN_OPTIONS": "detect_leaks=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
