@@ -24,6 +24,13 @@ def floating(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a dense (strided) tensor, got layout {value.layout}")
 
 
+def wide(name: str, value: object) -> None:
+    """Requires a tensor of a dtype in which ops accumulate."""
+    if isinstance(value, Tensor) and value.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{name} must be float32 or float64, got {value.dtype}")
+    floating(name, value)
+
+
 def shape(name: str, value: Tensor, expected: tuple[int | str, ...]) -> None:
     """Requires the rank of `expected`, and its sizes where they are numbers."""
     floating(name, value)

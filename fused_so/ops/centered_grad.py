@@ -83,19 +83,22 @@ def row_scales(
 
     A loss may use a weight in other ways, and gradients may have been clipped (c) or changed. Both
     sides are multiplied by one vector u from the left; they agree if they do so but for rounding,
-    weight and bias each by itself, as inputs far from 1 make one of them far larger. Of one input
-    without a bias, or of a bias alone, a number is left, which is a multiple of any other.
+    weight and bias each by itself, as inputs far from 1 make one of them far larger. With one input
+    and no bias, or with a bias alone, each side is one number, and c is always found. Where all
+    rows or gradients of the rows are zero there is no c: NaN.
 
     Args:
-        g: a list of (n, out), gradients with respect to each layer's output.
-        h: (n, in), the layers' inputs. grad_weight: (out, in).
+        g: a list of (n, out), gradients with respect to each layer's output, all float32 or all
+            float64 and on one device, as what follows. A CPU copies what has gaps within its rows.
+        h: (n, in), the layers' inputs.
+        grad_weight: (out, in).
         grad_bias: (out,), or None for a layer without bias.
         probes: u (out,), any vectors without zeros; best random.
-        All float32 or all float64, on one device. A CPU copies what has gaps within its rows.
-        common: whether c must be one number for all layers.
+        common: whether c must be one number for all layers: a layer that has another, or makes
+            another of it, has NaN.
 
     Returns:
-        (layers,), float64.
+        (layers,), float64; of no layers (0,).
 
     Raises:
         TypeError, ValueError: an argument breaks a rule above.
@@ -130,10 +133,9 @@ def _fit(g, h, grad_weight, grad_bias, probe) -> bool:
 
 def _check_rows(i, first, g, h, grad_weight, grad_bias, probe):
     """Raises if what is given of layer i does not fit together, or not with the `first` g."""
+    _check.wide(f"g[{i}]", g)
     _check.shape(f"g[{i}]", g, ("n", "out"))
     n, out = g.shape
-    if g.dtype != accumulate_dtype(g.dtype):
-        raise TypeError(f"g[{i}] must be float32 or float64, got {g.dtype}")
     _check.shape(f"h[{i}]", h, (n, "in"))
     others = [
         (f"grad_weight[{i}]", grad_weight, (out, h.shape[1])),

@@ -203,7 +203,7 @@ def inner_products(x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
     metric F, without a product with F.
 
     Args:
-        x: k tensors, float32 or float64.
+        x: any number k of tensors, float32 or float64.
         y: k tensors of the same shapes, dtypes and devices, all on one device.
 
     Returns:
@@ -224,9 +224,7 @@ def inner_products(x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
 
 def _raise_unless_pairs(x: list, y: list) -> None:
     for i, (a, b) in enumerate(zip(x, y, strict=True)):
-        _check.floating(f"x[{i}]", a)
-        if a.dtype != accumulate_dtype(a.dtype):
-            raise TypeError(f"x[{i}] must be float32 or float64, got {a.dtype}")
+        _check.wide(f"x[{i}]", a)
         _check.shape(f"y[{i}]", b, tuple(a.shape))
         _check.same_dtype(f"y[{i}]", b, f"x[{i}]", a)
         _check.same_device(f"x[{i}]", a, "x[0]", x[0])

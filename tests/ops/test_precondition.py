@@ -477,6 +477,12 @@ def test_compile_fullgraph_of_inner_products():
             r"x\[0\] must be float32 or float64, got torch.float16",
         ),
         (
+            [torch.ones(2).long()],
+            [torch.ones(2).long()],
+            TypeError,
+            r"x\[0\] must be float32 or float64, got torch.int64",
+        ),
+        (
             [torch.ones(2)],
             [torch.ones(2).double()],
             TypeError,
