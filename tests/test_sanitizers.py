@@ -1,8 +1,8 @@
 """The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer.
 
 A copy of the project is built with both, and those tests of every op that go through its kernel's
-code (`budget.KERNEL_CASES`) run again in it, with every instruction set of this machine. What a
-thread keeps between calls counts as its own only as far as a call has asked for it
+code (`budget.KERNEL_CASES`) run again in it, with the widest vectors of this machine. What a thread
+keeps between calls counts as its own only as far as a call has asked for it
 (csrc/common/scratch.h).
 """
 
@@ -109,13 +109,14 @@ def test_memory_that_an_earlier_call_asked_for_is_out_of_bounds(tmp_path):
 
 
 @pytest.mark.skipif("FUSED_SO_CPU" in os.environ, reason="an instruction set is already chosen")
-@pytest.mark.parametrize("variant", budget.variants())
-def test_no_kernel_leaves_its_memory_or_the_language(sanitized, variant):
+def test_no_kernel_leaves_its_memory_or_the_language(sanitized):
+    # The sanitizers do not see what a matrix unit reads.
+    widest = [variant for variant in budget.variants() if variant != "amx"][-1]
     run = run_in(
         sanitized,
         # Without capturing, which would keep a report to itself.
         *("-m", "pytest", "-x", "-s", "-p", "no:cacheprovider", "tests/ops"),
         *("-k", budget.KERNEL_CASES),
-        FUSED_SO_CPU=variant,
+        FUSED_SO_CPU=widest,
     )
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
