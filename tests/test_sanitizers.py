@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 COMPILER = shlex.split(os.environ.get("CXX", "g++"))
 
 
-# The names of these tests: of the sizes around tiles and blocks, of no entries, of strides and lists.
+# Their names: of sizes around tiles and blocks, of no entries, of strides and lists.
 EDGES = "tiles or beyond or rows or empty or lower or batch or mixed or strides or centering"
 
 
