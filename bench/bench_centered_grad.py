@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from bench.bench_steps import WIDTHS
 from bench.measure import compare
@@ -47,22 +48,30 @@ def test_row_scales(benchmark, n):
         layers.append((g, h, g.T @ h, g.sum(0), torch.randn(out)))
     lists = [list(side) for side in zip(*layers, strict=True)]
 
-    def plain():
+    def plain(vector_times):
         results = []
         for g, h, weight, bias, u in layers:
             w = g @ u
-            found = torch.cat([u @ weight, (u @ bias)[None]])
+            found = torch.cat([vector_times(u, weight), (u @ bias)[None]])
             expected = torch.cat([w @ h, w.sum()[None]])
             scale = found @ expected / expected.square().sum()
             results.append((scale, (found - scale * expected).norm(), expected.norm(), w.norm()))
         return results
+
+    rows = torch.arange(max(WIDTHS))
+
+    def by_bags(u, weight):
+        # Unlike u @ weight a weighted sum of embeddings takes all threads.
+        n = len(u)
+        bags = rows[:n:32]
+        return F.embedding_bag(rows[:n], weight, bags, mode="sum", per_sample_weights=u).sum(0)
 
     entries = sum(weight.numel() + g.numel() + h.numel() for g, h, weight, _, _ in layers)
     compare(
         benchmark,
         f"row_scales autoencoder, n {n}",
         lambda: ops.row_scales(*lists),
-        {"mv": plain},
+        {"mv": lambda: plain(torch.matmul), "embedding bags": lambda: plain(by_bags)},
         flops=2 * entries,
         bytes=4 * entries,
     )

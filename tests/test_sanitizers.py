@@ -22,8 +22,6 @@ from tests.ops import budget
 
 ROOT = Path(__file__).parents[1]
 COMPILER = shlex.split(os.environ.get("CXX", "g++"))
-
-
 # Their names: of sizes around tiles and blocks, of no entries, of strides and lists.
 EDGES = "tiles or beyond or rows or empty or lower or batch or mixed or strides or centering"
 
@@ -51,15 +49,11 @@ def sanitized(tmp_path_factory) -> Path:
         shutil.copytree(ROOT / name, copy / name, ignore=skipped)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy / name)
-    build(copy)
-    return copy
-
-
-def build(copy: Path) -> None:
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     environment = os.environ | {"FUSED_SO_CUDA": "0", "FUSED_SO_SANITIZE": "1"}
     built = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
     assert built.returncode == 0, built.stdout[-4000:] + built.stderr[-4000:]
+    return copy
 
 
 def run_in(copy: Path, *command: str, **environment: str) -> subprocess.CompletedProcess:

@@ -14,11 +14,14 @@ from fused_so import _extension
 _LIBRARY = torch.library.Library("fused_so", "DEF")
 
 
-def define(schema: str, *, stem: str, reference: Callable, fake: Callable) -> Callable:
+def define(
+    schema: str, *, stem: str, reference: Callable, fake: Callable, triton: bool = True
+) -> Callable:
     """Registers the op of `schema`, implemented by `reference` wherever no kernel is.
 
     The compiled libraries register their own kernels for CPU and CUDA; ops with a file in
-    `triton_kernels` get that one for CUDA. Returns the op as a callable.
+    `triton_kernels` get that one for CUDA, unless `triton` says that it has none for this schema.
+    Returns the op as a callable.
     """
     name = schema.split("(")[0]
     _LIBRARY.define(schema)
@@ -27,7 +30,8 @@ def define(schema: str, *, stem: str, reference: Callable, fake: Callable) -> Ca
 
     triton_module = f"fused_so.triton_kernels.{stem}"
     if (
-        _extension.backend() == "auto"
+        triton
+        and _extension.backend() == "auto"
         and _extension.has_triton()
         and importlib.util.find_spec(triton_module)
     ):

@@ -164,4 +164,5 @@ _row_scales = define(
     stem="centered_grad",
     reference=reference.row_scales,
     fake=_fake_row_scales,
+    triton=False,
 )

@@ -11,9 +11,6 @@ import torch
 import triton
 import triton.language as tl
 
-# Asked for where nothing waits, on a CPU; here torch's products with vectors do.
-from fused_so.reference import row_scales  # noqa: F401
-
 from ._matrix import (
     MAX_SPLITS,
     SUM_COLUMNS,
